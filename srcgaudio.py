@@ -1,0 +1,553 @@
+"""SRC-gAudio: one latent diffusion model that turns a text into sound at 16, 24, 32 or 48 kHz.
+
+Li, Xu, Yu: "SRC-gAudio: Sampling-Rate-Controlled Audio Generation".  This file is the paper: the rates and their
+mels (III-B), the text encoder psi (II-A), Eq. (1) to (4), and the pipeline of Fig. 1:
+
+    training     wave -> mel_spectrogram -> VAE.encode -> z_0, and Eq. (3) on it
+    generation   z_T ~ N(0, I) -> DDIM under Eq. (4) -> z_0 -> VAE.decode -> mel -> Generator of the rate -> wave
+
+Shapes: wave (B, L), mel (B, T, 64), latent z (B, 8, T/4, 16), text (B, N, d).
+The hop is rate / 100, so a mel has 100 frames a second at *every* rate: 10.24 s are 1024 x 64, whatever the rate, and
+one VAE and one U-Net can serve all of them.  What differs is what the 64 bands mean: they span 0 to rate / 2.
+"""
+import functools
+import json
+import math
+import sys
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import weights
+from unet import UNet
+from vae import VAE
+from vocoder import STRIDES, Generator
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling rates and log-mels (Section III-B)
+
+
+@dataclass(frozen=True)
+class MelConfig:
+    n_fft: int
+    hop: int
+    n_mels: int
+
+
+RATES = {                                                # (fftSize, hopSize, melDim) of Section III-B
+    16_000: MelConfig(1024, 160, 64),
+    24_000: MelConfig(2048, 240, 64),
+    32_000: MelConfig(2048, 320, 64),
+    48_000: MelConfig(2048, 480, 64),
+}
+FRAMES_PER_SECOND = 100                                  # rate / hop, the same in every row
+
+
+def check_rate(rate: int) -> None:
+    if rate not in RATES:
+        raise ValueError(f"there is no sampling rate {rate}; choose from {', '.join(map(str, RATES))} (Hz)")
+
+
+def mel_filters(rate: int, n_fft: int, n_mels: int) -> Tensor:
+    """Slaney's triangular filters from 0 to rate / 2, each of unit area, (n_fft / 2 + 1, n_mels).
+
+    The mel scale is linear up to 1 kHz, 200/3 Hz a mel, and logarithmic above, 27 mels for a factor of 6.4.
+    """
+    def to_mel(hz: float) -> float:
+        return hz * 3 / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4)
+
+    mel = torch.linspace(0, to_mel(rate / 2), n_mels + 2, dtype=torch.float64)
+    hz = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
+    low, peak, high = hz[:-2], hz[1:-1], hz[2:]                                   # (n_mels,) each
+    bin_hz = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
+    triangles = torch.minimum((bin_hz - low) / (peak - low), (high - bin_hz) / (high - peak)).clamp(min=0)
+    return (triangles * 2 / (high - low)).float()                                 # (n_fft / 2 + 1, n_mels)
+
+
+@functools.lru_cache
+def mel_constants(rate: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    config = RATES[rate]
+    window = torch.hann_window(config.n_fft, device=device)
+    return window, mel_filters(rate, config.n_fft, config.n_mels).to(device)
+
+
+def mel_spectrogram(wave: Tensor, rate: int) -> Tensor:
+    """Log-mel of a wave at one of the four rates, (B, L) -> (B, L // hop, 64), natural logarithm, floor 1e-5.
+
+    AudioLDM's: magnitudes, Hann window of n_fft, reflect padding; its one frame more at the end is dropped.
+    The level is taken as it is.  Raises ValueError for another rate or fewer than n_fft / 2 + 1 samples.
+    """
+    check_rate(rate)
+    config = RATES[rate]
+    if wave.shape[1] <= config.n_fft // 2:
+        raise ValueError(f"a mel at {rate} Hz takes more than {config.n_fft // 2} samples, got {wave.shape[1]}")
+    window, filters = mel_constants(rate, wave.device)
+    spectrum = torch.stft(wave.float(), config.n_fft, config.hop, window=window, center=True, pad_mode="reflect",
+                          return_complex=True).abs()                              # (B, n_fft / 2 + 1, frames + 1)
+    mel = spectrum.transpose(1, 2) @ filters                                      # (B, frames + 1, 64)
+    return mel[:, :wave.shape[1] // config.hop].clamp(min=1e-5).log()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text encoder psi: FLAN-T5's encoder (Section III-B)
+
+# transformers' name -> ours, read in both directions (weights.rename)
+T5_NAMES = [
+    ("shared.", "embedding."),
+    ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.", "relative_position_bias."),
+    ("encoder.block.", "blocks."),
+    (".layer.0.SelfAttention.", ".attention."),
+    (".layer.0.layer_norm.", ".attention_norm."),
+    (".layer.1.DenseReluDense.", ".feed_forward."),
+    (".layer.1.layer_norm.", ".feed_forward_norm."),
+    ("encoder.final_layer_norm.", "final_norm."),
+]
+
+
+class T5Attention(nn.Module):
+    """Self-attention with a position bias and, unlike elsewhere, no division by sqrt(d); (B, N, d) -> (B, N, d)."""
+
+    def __init__(self, width: int, heads: int, head_width: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, heads * head_width, bias=False)
+        self.k = nn.Linear(width, heads * head_width, bias=False)
+        self.v = nn.Linear(width, heads * head_width, bias=False)
+        self.o = nn.Linear(heads * head_width, width, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (linear(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)   # (B, heads, N, d / heads)
+        return self.o(h.transpose(1, 2).flatten(2))
+
+
+class T5FeedForward(nn.Module):
+    """Gated GELU, (B, N, d) -> (B, N, d)."""
+
+    def __init__(self, width: int, ff_width: int):
+        super().__init__()
+        self.wi_0 = nn.Linear(width, ff_width, bias=False)
+        self.wi_1 = nn.Linear(width, ff_width, bias=False)
+        self.wo = nn.Linear(ff_width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+
+
+class T5Block(nn.Module):
+    def __init__(self, width: int, heads: int, head_width: int, ff_width: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention = T5Attention(width, heads, head_width)
+        self.feed_forward_norm = nn.RMSNorm(width, eps=1e-6)
+        self.feed_forward = T5FeedForward(width, ff_width)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), bias)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def relative_position_buckets(n: int) -> Tensor:
+    """Which of T5's 32 buckets the distance from token i to token j falls in, (n, n).
+
+    16 buckets for each direction: one for each distance up to 7, then wider and wider ones up to 127 and beyond.
+    """
+    distance = torch.arange(n)[None, :] - torch.arange(n)[:, None]                # j - i
+    far = 8 + (torch.log(distance.abs().clamp(min=1) / 8) / math.log(128 / 8) * 8).long()
+    bucket = torch.where(distance.abs() < 8, distance.abs(), far.clamp(max=15))
+    return bucket + 16 * (distance > 0)
+
+
+class TextEncoder(nn.Module):
+    """psi: texts -> one embedding for each token.  The defaults are FLAN-T5-large's encoder (341 M parameters).
+
+    A smaller one of the same architecture, made with `initialize` and a tokenizer of its own, serves small models.
+    The encoder overflows in float16: use bfloat16 or float32.
+    """
+
+    PAD, END, MAX_TOKENS = 0, 1, 512
+
+    def __init__(self, vocabulary: int = 32128, width: int = 1024, layers: int = 24, heads: int = 16,
+                 head_width: int = 64, ff_width: int = 2816):
+        super().__init__()
+        self.tokenizer: sentencepiece.SentencePieceProcessor | None = None        # set with the weights
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.relative_position_bias = nn.Embedding(32, heads)
+        self.blocks = nn.ModuleList(T5Block(width, heads, head_width, ff_width) for _ in range(layers))
+        self.final_norm = nn.RMSNorm(width, eps=1e-6)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """T5's start for untrained weights: normal, with the variance that keeps each layer's output near one."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:                                               # norms
+                continue
+            std = 1.0 if name == "embedding.weight" else parameter.shape[1] ** -0.5
+            if name.endswith("attention.q.weight"):                               # in place of 1 / sqrt(d) at run time
+                heads = self.relative_position_bias.weight.shape[1]
+                std *= (parameter.shape[0] / heads) ** -0.5
+            nn.init.normal_(parameter, 0.0, std, generator=generator)
+
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> ids (B, N), each ending in </s> and padded with 0, and mask (B, N), True at real tokens.
+
+        Texts of more than 512 tokens are cut there, with a warning.
+        """
+        rows = [self.tokenizer.encode(text) + [self.END] for text in texts]
+        for i, row in enumerate(rows):
+            if len(row) > self.MAX_TOKENS:
+                warnings.warn(f'text "{texts[i][:40]}..." has {len(row)} tokens; all after {self.MAX_TOKENS} are cut')
+                rows[i] = row[:self.MAX_TOKENS - 1] + [self.END]
+        longest = max(len(row) for row in rows)
+        ids = torch.tensor([row + [self.PAD] * (longest - len(row)) for row in rows])        # (B, N)
+        mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
+        return ids, mask
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids (B, N), mask (B, N) -> psi (B, N, d).  What stands at padding tokens means nothing."""
+        buckets = relative_position_buckets(ids.shape[1]).to(ids.device)
+        bias = self.relative_position_bias(buckets).permute(2, 0, 1)[None]        # (1, heads, N, N)
+        bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(torch.float32).min)     # (B, heads, N, N)
+        x = self.embedding(ids)                                                   # (B, N, d)
+        for block in self.blocks:
+            x = block(x, bias)
+        return self.final_norm(x).float()
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> psi (B, N, d) and mask (B, N), on the encoder's device."""
+        ids, mask = (x.to(self.embedding.weight.device) for x in self.tokenize(texts))
+        return self(ids, mask), mask
+
+    def save(self, folder: Path) -> None:
+        """Write text_encoder.pt and tokenizer.model into a checkpoint folder."""
+        (folder / "tokenizer.model").write_bytes(self.tokenizer.serialized_model_proto())
+        weights.save(self.state_dict(), folder / "text_encoder.pt")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "TextEncoder":
+        raise NotImplementedError
+
+
+def read_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
+    """A sentencepiece model file.  Raises ValueError naming it if it is missing or damaged."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such sentencepiece model")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        raise ValueError(f"{path}: damaged, or not a sentencepiece model") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion: Eq. (1) to (4)
+
+
+class NoiseSchedule:
+    """The variances beta_t of Eq. (1), what follows from them, and the reverse process, Eq. (2), as DDIM.
+
+    Stable Diffusion's schedule: T = 1000, sqrt(beta) linear.  The paper's t runs from 1 to T; here, as in every
+    published implementation, indices run from 0 to T - 1.
+    """
+
+    def __init__(self, T: int = 1000, beta_1: float = 0.00085, beta_T: float = 0.012):
+        self.T = T
+        self.beta = torch.linspace(beta_1 ** 0.5, beta_T ** 0.5, T, dtype=torch.float64) ** 2      # (T,)
+        self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)                                       # (T,)
+
+    def add_noise(self, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Jump from z_0 to z_t at once.
+
+        z_0, eps: (B, 8, T/4, 16) clean latent and standard normal noise.  t: (B,) indices, 0 to T - 1.
+        """
+        alpha_bar = self.alpha_bar.to(z_0.device)[t].to(z_0.dtype).view(-1, 1, 1, 1)     # (B, 1, 1, 1)
+        # Eq. (1) applied t times: q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
+        return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps
+
+    def ddim_steps(self, steps: int) -> list[int]:
+        """The indices t that DDIM visits, from noise to data: evenly spaced, the last of them 1."""
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"the number of steps must be from 1 to {self.T}, got {steps}")
+        return [min(i * self.T // steps + 1, self.T - 1) for i in reversed(range(steps))]
+
+    def ddim(self, predict_noise, z_T: Tensor, steps: int, progress: bool = False) -> Tensor:
+        """Eq. (2), the reverse process, by DDIM with eta = 0 (Song, Meng, Ermon 2021).
+
+        predict_noise: (z_t (B, ...), t: int) -> the noise in z_t, the same shape.  z_T: (B, ...) standard normal.
+        steps: 1 to T.  Returns z_0 in z_T's shape and precision.  `progress` shows a bar.
+        """
+        visited = self.ddim_steps(steps)
+        z_t = z_T
+        for t, t_next in zip(tqdm(visited, "DDIM", disable=not progress, leave=False), visited[1:] + [0]):
+            alpha_bar, alpha_bar_next = self.alpha_bar[t].item(), self.alpha_bar[t_next].item()
+            eps = predict_noise(z_t, t)
+            # Eq. (1)'s closed form solved for z_0, then taken to the next, smaller t with the same noise
+            z_0 = (z_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar ** 0.5
+            z_t = alpha_bar_next ** 0.5 * z_0 + (1 - alpha_bar_next) ** 0.5 * eps
+        return z_t
+
+
+def diffusion_loss(unet: UNet, schedule: NoiseSchedule, z_0: Tensor, rate: Tensor, text: Tensor, text_mask: Tensor,
+                   t: Tensor, eps: Tensor) -> Tensor:
+    """Eq. (3) for a batch, before the expectation: the mean squared error of each item, (B,).
+
+    z_0, eps: (B, 8, T/4, 16).  rate (Hz), t: (B,).  text (B, N, d), text_mask (B, N).
+    """
+    z_t = schedule.add_noise(z_0, eps, t)
+    c, c_mask = unet.condition(t, rate, text, text_mask)
+    # Eq. (3): min over theta of E || eps - eps_theta(z_t, t, c) ||^2, here as a mean over the latent's entries
+    return (eps - unet(z_t, t, c, c_mask)).square().mean(dim=(1, 2, 3))
+
+
+def guided_noise(unet: UNet, z_t: Tensor, t: int, rate: int, text: Tensor, text_mask: Tensor,
+                 null: Tensor, null_mask: Tensor, w: float) -> Tensor:
+    """Classifier-free guidance, Eq. (4): the noise in z_t (B, 8, T/4, 16), the same shape.
+
+    text (B, N, d), text_mask (B, N): psi(P).  null (B, N, d), null_mask (B, N): psi("").  Both branches run as one
+    batch of 2 B; with w = 1 the second would count for nothing and does not run.
+    """
+    if w != 1:
+        z_t = torch.cat([z_t, z_t])                                               # (2 B, 8, T/4, 16)
+        # c_null = concat(psi(""), Sr) empties the text only: time step and rate stay
+        text, text_mask = torch.cat([text, null]), torch.cat([text_mask, null_mask])
+    batch_t = torch.full((len(z_t),), t, device=z_t.device)
+    batch_rate = torch.full((len(z_t),), rate, device=z_t.device)
+    eps = unet(z_t, batch_t, *unet.condition(batch_t, batch_rate, text, text_mask))
+    if w == 1:
+        return eps
+    eps_c, eps_null = eps.chunk(2)
+    # Eq. (4): eps~ = w eps_theta(z_t, t, c) + (1 - w) eps_theta(z_t, t, c_null)
+    return w * eps_c + (1 - w) * eps_null
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole system (Fig. 1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes of one SRC-gAudio.  Each dict holds the arguments of the class it names."""
+
+    preset: str
+    vae: dict
+    unet: dict
+    vocoder: dict                                        # the strides follow from the rate
+    text_encoder: dict | str                             # or the folder of a FLAN-T5
+    seconds: float                                       # length of the clips that the LDM is trained on
+
+
+PRESETS = {
+    "tiny": Config(                                      # tests and first steps: minutes on a CPU
+        preset="tiny",
+        vae=dict(widths=(32, 32, 64), blocks=1),
+        unet=dict(widths=(32, 64, 64, 96), heads=(1, 2, 2, 3), cross_attention=(False, False, True, True),
+                  context_width=64, blocks=1),
+        vocoder=dict(channels=64),
+        text_encoder=dict(vocabulary=128, width=64, layers=2, heads=2, head_width=32, ff_width=128),
+        seconds=2.56,
+    ),
+    "small": Config(                                     # a laptop or any GPU
+        preset="small",
+        vae=dict(widths=(32, 64, 128), blocks=1),
+        unet=dict(widths=(64, 128, 128, 256), heads=(2, 4, 4, 8), cross_attention=(False, False, True, True),
+                  context_width=128, blocks=1),
+        vocoder=dict(channels=128),
+        text_encoder=dict(vocabulary=1024, width=128, layers=4, heads=4, head_width=32, ff_width=256),
+        seconds=4.8,
+    ),
+    "paper": Config(                                     # Section III-B; text_encoder: FLAN-T5-large's sizes
+        preset="paper",
+        vae=dict(widths=(128, 256, 512), blocks=2),
+        unet=dict(widths=(320, 640, 640, 1280), heads=(5, 10, 10, 20), cross_attention=(True, True, True, False),
+                  context_width=1024, blocks=2),
+        vocoder=dict(channels=1024),
+        text_encoder=dict(vocabulary=32128, width=1024, layers=24, heads=16, head_width=64, ff_width=2816),
+        seconds=10.24,
+    ),
+}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one.  Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"there is no device {name!r} here; try --device cpu") from None
+    return device
+
+
+def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
+    """The precision of a run: under it networks compute in bfloat16 ("bf16"), their weights staying float32, or all
+    in float32 ("fp32").  "auto" is bf16 where the processor multiplies it in hardware, else fp32."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision must be auto, bf16 or fp32, got {precision!r}")
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            cpu = torch.cpu.get_capabilities()
+            fast = cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False)
+        precision = "bf16" if fast else "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def build(cls: type[nn.Module], arguments: dict, path: Path, source: Path) -> nn.Module:
+    """A module of the size that `source`, a config.json, names, with the weights of the file `path`."""
+    try:
+        with torch.device("meta"):                       # shapes alone: the file's tensors take their places
+            module = cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{source}: these sizes do not fit {cls.__name__} ({error})") from None
+    weights.load(module, weights.read(path), path)
+    return module.eval().to(memory_format=torch.channels_last)
+
+
+class SRCgAudio:
+    """The parts of Fig. 1 and the way from a text to a wave.
+
+    A checkpoint is a folder: config.json, tokenizer.model, text_encoder.pt, vae.pt, unet.pt, and vocoder_16000.pt and
+    so on for the rates that have one.
+    """
+
+    def __init__(self, config: Config, text_encoder: TextEncoder, vae: VAE, unet: UNet, vocoders: dict[int, Generator]):
+        self.config, self.schedule = config, NoiseSchedule()
+        self.text_encoder, self.vae, self.unet, self.vocoders = text_encoder, vae, unet, vocoders
+        self.device, self.precision = torch.device("cpu"), "auto"
+
+    @staticmethod
+    def load_config(folder: str | Path) -> Config:
+        """The config.json of a checkpoint folder.  Raises ValueError naming what is wrong with it."""
+        path = Path(folder) / "config.json"
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder}: no such checkpoint folder; train.py makes one")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return Config(**content)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing; a checkpoint folder has one, train.py makes it") from None
+        except (ValueError, TypeError) as error:
+            names = ", ".join(field.name for field in fields(Config))
+            raise ValueError(f"{path}: not a model's configuration with {names} ({error})") from None
+
+    @staticmethod
+    def save_config(config: Config, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load_vae(folder: str | Path) -> VAE:
+        config = SRCgAudio.load_config(folder)
+        return build(VAE, config.vae, Path(folder) / "vae.pt", Path(folder) / "config.json")
+
+    @staticmethod
+    def load_unet(folder: str | Path) -> UNet:
+        config = SRCgAudio.load_config(folder)
+        return build(UNet, config.unet, Path(folder) / "unet.pt", Path(folder) / "config.json")
+
+    @staticmethod
+    def load_vocoder(folder: str | Path, rate: int) -> Generator:
+        arguments = SRCgAudio.load_config(folder).vocoder | {"strides": STRIDES[rate]}
+        return build(Generator, arguments, Path(folder) / f"vocoder_{rate}.pt", Path(folder) / "config.json")
+
+    @staticmethod
+    def load_text_encoder(folder: str | Path) -> TextEncoder:
+        arguments = SRCgAudio.load_config(folder).text_encoder
+        if isinstance(arguments, str):
+            return TextEncoder.from_pretrained(arguments)
+        encoder = build(TextEncoder, arguments, Path(folder) / "text_encoder.pt", Path(folder) / "config.json")
+        encoder.tokenizer = read_tokenizer(Path(folder) / "tokenizer.model")
+        return encoder
+
+    @classmethod
+    def load(cls, folder: str | Path, rates: list[int] | None = None) -> "SRCgAudio":
+        """A checkpoint folder, with the vocoders of `rates`, or with all that are there.
+
+        Raises ValueError naming the file that is missing, damaged or of another shape.
+        """
+        folder = Path(folder)
+        config = cls.load_config(folder)
+        for rate in rates or []:
+            check_rate(rate)
+            if not (folder / f"vocoder_{rate}.pt").is_file():
+                raise ValueError(f"{folder}: no vocoder for {rate} Hz (vocoder_{rate}.pt); "
+                                 f"`train.py vocoder --rates {rate}` trains one")
+        if rates is None:
+            rates = [rate for rate in RATES if (folder / f"vocoder_{rate}.pt").is_file()]
+        return cls(config, cls.load_text_encoder(folder), cls.load_vae(folder), cls.load_unet(folder),
+                   {rate: cls.load_vocoder(folder, rate) for rate in rates})
+
+    def save(self, folder: str | Path) -> None:
+        """Write the checkpoint folder that `load` reads."""
+        folder = Path(folder)
+        self.save_config(self.config, folder)
+        if isinstance(self.config.text_encoder, dict):   # a FLAN-T5 stays in its own folder
+            self.text_encoder.save(folder)
+        weights.save(self.vae.state_dict(), folder / "vae.pt")
+        weights.save(self.unet.state_dict(), folder / "unet.pt")
+        for rate, vocoder in self.vocoders.items():
+            weights.save(vocoder.state_dict(), folder / f"vocoder_{rate}.pt")
+
+    def to(self, device: torch.device, precision: str = "auto") -> "SRCgAudio":
+        """Move all parts; `precision` is that of `autocast`."""
+        for part in (self.text_encoder, self.vae, self.unet, *self.vocoders.values()):
+            part.to(device)
+        self.device, self.precision = device, precision
+        return self
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[str], rate: int, seconds: float | None = None, steps: int = 200,
+                 guidance: float = 3.0, seed: int = 0, progress: bool = False) -> Tensor:
+        """Texts -> waves (B, round(seconds * rate)) in [-1, 1].
+
+        rate: one of the four, in Hz.  seconds: 0.1 to 60; default: the length the model was trained on.
+        steps: of DDIM, 1 to 1000.  guidance: w of Eq. (4), 0 to 100; 1 is none.  seed: item i starts from noise of
+        seed + i, the same in any batch, on any device and at every rate.
+        Raises ValueError for anything out of range.
+        """
+        seconds = self.config.seconds if seconds is None else seconds
+        check_rate(rate)
+        if not prompts:
+            raise ValueError("there is no prompt")
+        if rate not in self.vocoders:
+            raise ValueError(f"there is no vocoder for {rate} Hz in this checkpoint")
+        if not 0.1 <= seconds <= 60:
+            raise ValueError(f"seconds must be from 0.1 to 60, got {seconds}")
+        if not 0 <= guidance <= 100:
+            raise ValueError(f"guidance must be from 0 to 100, got {guidance}")
+
+        # The latent has a quarter of the mel's frames, padded to the multiple that the U-Net takes.
+        length = math.ceil(seconds * FRAMES_PER_SECOND / 4 / self.unet.multiple) * self.unet.multiple
+        bands = RATES[rate].n_mels // 4
+        z_T = torch.stack([torch.randn((VAE.LATENT, length, bands), generator=torch.Generator().manual_seed(seed + i))
+                           for i in range(len(prompts))]).to(self.device)         # (B, 8, T/4, 16)
+        with autocast(self.device, self.precision):
+            text, mask = self.text_encoder.encode(prompts + [""])                 # (B + 1, N, d), (B + 1, N)
+            null, null_mask = text[-1:].expand(len(prompts), -1, -1), mask[-1:].expand(len(prompts), -1)
+
+            def predict_noise(z_t: Tensor, t: int) -> Tensor:
+                return guided_noise(self.unet, z_t, t, rate, text[:-1], mask[:-1], null, null_mask, guidance)
+
+            z_0 = self.schedule.ddim(predict_noise, z_T, steps, progress)
+            mel = self.vae.decode(z_0 / self.vae.scale_factor)                    # (B, T, 64)
+            wave = self.vocoders[rate](mel)                                       # (B, T * hop)
+        return wave[:, :round(seconds * rate)]
+
+
+def exit_cleanly(main) -> None:
+    """Run a command: a user's mistake ends in one line on stderr and status 2, Ctrl-C in status 130."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished before is kept", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

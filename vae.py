@@ -1,0 +1,214 @@
+"""AudioLDM's variational auto-encoder: the perceptual compression between log-mels and latents.
+
+Section II-A and Fig. 1 ("Audio VAE").  A mel of T frames x 64 bands is treated as an image with one
+channel and becomes a latent with 8 channels, a quarter as long and a quarter as high:
+
+    encode   mel (B, T, 64) -> mean, logvar, each (B, 8, T/4, 16)        T a multiple of 4
+    decode   z (B, 8, T/4, 16) -> mel (B, T, 64)
+
+A mel has 100 frames a second at every sampling rate, so this one network serves all four rates.
+The moments are unscaled.  `scale_factor` brings latents to unit variance for the diffusion model:
+z_0 = scale_factor * z, undone before decoding.
+"""
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import weights
+
+# Published name -> ours, read in both directions (weights.rename).  AudioLDM's own names are kept but for two;
+# diffusers saved the same tensors under names of its own, and counts the decoder's levels from the other end.
+AUDIOLDM_NAMES = [(".nin_shortcut.", ".shortcut."), (".attn_1.", ".attention.")]
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C_in, H, W) -> (B, C_out, H, W)."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """One head of self-attention over all positions of the image, (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B, H*W, C)
+        h = F.scaled_dot_product_attention(q, k, v)                                          # (B, H*W, C)
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Middle(nn.Module):
+    """The bottom of both halves: residual block, attention, residual block."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attention = Attention(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attention(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    """Halve both sides, (B, C, H, W) -> (B, C, H/2, W/2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))         # the published network pads right and bottom only
+
+
+class Upsample(nn.Module):
+    """Double both sides, (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownLevel(nn.Module):
+    """The encoder at one resolution: residual blocks, then half the size unless it is the last."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, last: bool):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.downsample = nn.Identity() if last else Downsample(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.downsample(x)
+
+
+class UpLevel(nn.Module):
+    """The decoder at one resolution: residual blocks, then twice the size unless it is the last."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, last: bool):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.upsample = nn.Identity() if last else Upsample(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.upsample(x)
+
+
+class Encoder(nn.Module):
+    """(B, 1, T, 64) -> (B, 2 * latent, T/4, 16)."""
+
+    def __init__(self, widths: tuple[int, ...], blocks: int, latent: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(1, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            DownLevel(widths[max(i - 1, 0)], width, blocks, last=i == len(widths) - 1)
+            for i, width in enumerate(widths))
+        self.mid = Middle(widths[-1])
+        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """(B, latent, T/4, 16) -> (B, 1, T, 64).  Level 0 is the finest, as in the encoder, and runs last."""
+
+    def __init__(self, widths: tuple[int, ...], blocks: int, latent: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(
+            UpLevel(widths[min(i + 1, len(widths) - 1)], width, blocks + 1, last=i == 0)
+            for i, width in enumerate(widths))
+        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 1, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class VAE(nn.Module):
+    """AudioLDM's VAE; the defaults are the published sizes (55 M parameters).
+
+    widths: channels from the mel's resolution down, multiples of 32; three of them, for the quarter length.
+    blocks: residual blocks at each resolution of the encoder (the decoder has one more).
+    """
+
+    LATENT = 8
+
+    def __init__(self, widths: tuple[int, ...] = (128, 256, 512), blocks: int = 2):
+        super().__init__()
+        if len(widths) != 3 or any(width % 32 for width in widths):
+            raise ValueError(f"VAE widths must be three multiples of 32, got {tuple(widths)}")
+        self.encoder = Encoder(widths, blocks, self.LATENT)
+        self.decoder = Decoder(widths, blocks, self.LATENT)
+        self.quant_conv = nn.Conv2d(2 * self.LATENT, 2 * self.LATENT, 1)
+        self.post_quant_conv = nn.Conv2d(self.LATENT, self.LATENT, 1)
+        self.register_buffer("scale_factor", torch.ones(()))     # 1 / standard deviation of z over the training data
+
+    def encode(self, mel: Tensor) -> tuple[Tensor, Tensor]:
+        """mel (B, T, 64) -> mean and logvar of q(z | mel) = N(mean, exp(logvar)), each (B, 8, T/4, 16), unscaled."""
+        if mel.shape[1] % 4 or mel.shape[2] % 4:
+            raise ValueError(f"the VAE takes mels whose frames and bands are multiples of 4, got {tuple(mel.shape)}")
+        x = mel.unsqueeze(1).contiguous(memory_format=torch.channels_last)         # (B, 1, T, 64)
+        mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)    # (B, 8, T/4, 16) each
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z (B, 8, T/4, 16), unscaled -> mel (B, T, 64)."""
+        z = z.contiguous(memory_format=torch.channels_last)
+        return self.decoder(self.post_quant_conv(z)).float().squeeze(1)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "VAE":
+        """AudioLDM's published VAE, from its own `.ckpt` file or from the `vae/` folder of a diffusers pipeline."""
+        raise NotImplementedError
+
+
+def sample_posterior(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+    """z ~ N(mean, exp(logvar)) from standard normal noise eps; all three of one shape."""
+    return mean + torch.exp(0.5 * logvar) * eps
+
+
+def vae_loss(mel: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+    """The two terms that the VAE minimises, L1 + kl_weight * KL(q(z | mel) || N(0, I)), each a mean.
+
+    mel, decoded: (B, T, 64).  mean, logvar: (B, 8, T/4, 16).  Returns (total, L1).
+    """
+    l1 = (mel - decoded).abs().mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return l1 + kl_weight * kl, l1
