@@ -353,7 +353,7 @@ PRESETS = {
     "small": Config(                                     # a laptop or any GPU
         preset="small",
         vae=dict(widths=(32, 64, 128), blocks=1),
-        unet=dict(widths=(64, 128, 128, 256), heads=(2, 4, 4, 8), cross_attention=(False, False, True, True),
+        unet=dict(widths=(64, 96, 128, 192), heads=(2, 3, 4, 6), cross_attention=(False, False, True, True),
                   context_width=128, blocks=1),
         vocoder=dict(channels=128),
         text_encoder=dict(vocabulary=1024, width=128, layers=4, heads=4, head_width=32, ff_width=256),

@@ -57,9 +57,9 @@ SETTINGS = {
         "ldm": Settings(epochs=40, batch=8, lr=1e-3, validate_every=5),
     },
     "small": {
-        "vae": Settings(epochs=12, batch=8, lr=1e-3, frames=96, validate_every=2),
-        "vocoder": Settings(epochs=20, batch=8, lr=5e-4, frames=32, discriminators=(2, 8), validate_every=5),
-        "ldm": Settings(epochs=12, batch=16, lr=5e-4, validate_every=2),
+        "vae": Settings(epochs=6, batch=8, lr=1e-3, frames=96, validate_every=3),
+        "vocoder": Settings(epochs=10, batch=8, lr=1e-3, frames=24, discriminators=(2, 8), validate_every=5),
+        "ldm": Settings(epochs=13, batch=16, lr=1e-3, validate_every=3),
     },
     # Epochs: III-B.  LDM: Tango's learning rate.  VAE: AudioLDM's recipe.  Vocoder: HiFi-GAN V1's, whose 8192 samples
     # at 22 kHz are 0.37 s.

@@ -152,7 +152,7 @@ class ScaleDiscriminator(nn.Module):
                   (4, 8, 41, 4, 16), (8, 8, 41, 1, 16), (8, 8, 5, 1, 1)]
         self.convs = nn.ModuleList(
             norm(Conv1d(c_in * channels or 1, c_out * channels, kernel, stride, padding=kernel // 2,
-                        groups=min(groups, channels)))
+                        groups=max(1, groups * channels // 128)))       # a group's width stays as published
             for c_in, c_out, kernel, stride, groups in layers)
         self.conv_post = norm(Conv1d(8 * channels, 1, 3, padding=1))
 
@@ -167,7 +167,7 @@ class ScaleDiscriminator(nn.Module):
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """Judges the wave and its averages over 4 and 16 samples; channels = 128 is the published width."""
+    """Judges the wave at its rate, at half and at a quarter of it; channels = 128 is the published width."""
 
     def __init__(self, channels: int = 128):
         super().__init__()
@@ -178,7 +178,7 @@ class MultiScaleDiscriminator(nn.Module):
         judged = []
         for i, discriminator in enumerate(self.discriminators):
             if i > 0:
-                wave = F.avg_pool1d(wave, 4, 2, padding=2)                      # half the samples
+                wave = F.avg_pool1d(wave, 4, 2, padding=2)                      # half the rate
             judged.append(discriminator(wave))
         return judged
 

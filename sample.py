@@ -1,0 +1,152 @@
+"""Sampling: texts in, WAV files out.
+
+    python sample.py "a dog barks" --rate 48000
+
+Fig. 1 ("generation") and Section III-B: DDIM with 200 steps, guidance scale 3.  Prompts come from the command line or
+from a file: one a line, or a CSV with the columns id and caption, whose ids name the files (as a test set has them).
+"""
+import argparse
+import csv
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import soundfile
+from torch import Tensor
+
+from srcgaudio import RATES, SRCgAudio, check_rate, exit_cleanly, mel_spectrogram, pick_device
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Turn texts into sound with a trained SRC-gAudio.")
+    add = parser.add_argument
+    add("prompts", nargs="*", help="the texts")
+    add("--prompts-file", type=Path, metavar="FILE", help="a prompt a line, or a CSV with the columns id and caption")
+    add("--checkpoint", type=Path, default=Path("runs/tiny"), metavar="FOLDER", help="default: %(default)s")
+    add("--rate", type=int, nargs="+", default=[16_000], metavar="HZ", help="one or several of 16000 (default), 24000, 32000, 48000")
+    add("--seconds", type=float, help="default: the length the model was trained on")
+    add("--steps", type=int, default=200, help="of DDIM, 1 to 1000 (default: 200, the paper's)")
+    add("--guidance", type=float, default=3.0, help="w of Eq. (4) (default: 3, the paper's)")
+    add("--seed", type=int, default=0, help="prompt i starts from the noise of seed + i")
+    add("--batch", type=int, default=8, help="prompts at a time (default: 8)")
+    add("--out", type=Path, default=Path("."), metavar="FOLDER", help="where the WAV files go")
+    add("--overwrite", action="store_true", help="replace files that are there")
+    add("--spectrogram", action="store_true", help="also draw each as a PNG (takes matplotlib)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    return parser.parse_args()
+
+
+def read_prompts(path: Path) -> list[tuple[str, str]]:
+    """The (name, text) of each prompt in a file.  Raises ValueError naming the file and the line."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file of prompts")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            if path.suffix.lower() != ".csv":
+                texts = [line.strip() for line in file if line.strip()]
+                prompts = [(slug(text), text) for text in texts]
+            else:
+                reader = csv.DictReader(file)
+                if not {"id", "caption"} <= set(reader.fieldnames or []):
+                    raise ValueError(f"{path}: its first line must name the columns id and caption")
+                prompts = [(row["id"] or "", row["caption"] or "") for row in reader]
+                for name, _ in prompts:
+                    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+                        raise ValueError(f"{path}: the id {name!r} is no file name; use letters, digits, '_' and '-'")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from None
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in it")
+    return prompts
+
+
+def slug(text: str) -> str:
+    """A file name for a prompt."""
+    return re.sub(r"\W+", "_", text.lower()).strip("_")[:60] or "prompt"
+
+
+def plan(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The (name, text) of all prompts, the names made unique; no file that they will become may be there yet."""
+    prompts = [(slug(text), text) for text in args.prompts]
+    if args.prompts_file:
+        prompts += read_prompts(args.prompts_file)
+    if not prompts:
+        raise ValueError('there is no prompt; say what to hear, such as: python sample.py "a dog barks"')
+    named = {}
+    for name, text in prompts:
+        unique, count = name, 1
+        while unique in named:
+            count += 1
+            unique = f"{name}_{count}"
+        named[unique] = text
+    for name in named:
+        for rate in args.rate:
+            for suffix in (".wav", ".png") if args.spectrogram else (".wav",):
+                path = output_path(args.out, name, rate, suffix)
+                if path.exists() and not args.overwrite:
+                    raise ValueError(f"{path} exists; name another --out, or say --overwrite")
+    return list(named.items())
+
+
+def output_path(folder: Path, name: str, rate: int, suffix: str) -> Path:
+    return folder / f"{name}_{rate}{suffix}"
+
+
+def write_wav(wave: Tensor, rate: int, path: Path) -> None:
+    """A wave (L,) as 16-bit WAV, through a new file and a rename.  Nothing can clip: a vocoder ends in tanh."""
+    new = path.with_name(path.name + ".new")
+    try:
+        soundfile.write(new, wave.numpy(), rate, subtype="PCM_16", format="WAV")
+        os.replace(new, path)
+    except soundfile.SoundFileError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def draw(wave: Tensor, rate: int, title: str, path: Path) -> None:
+    """The log-mel of a wave (L,) as a PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+    image = axes.imshow(mel_spectrogram(wave[None], rate)[0].T, origin="lower", aspect="auto", vmin=-11.5, vmax=2,
+                        extent=(0, len(wave) / rate, 0, RATES[rate].n_mels))
+    axes.set(title=f"{title} ({rate // 1000} kHz)", xlabel="seconds", ylabel=f"mel band, 0 to {rate // 2000} kHz")
+    figure.colorbar(image, label="log magnitude")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    args = parse()
+    for rate in args.rate:
+        check_rate(rate)
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    if args.spectrogram and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--spectrogram draws with matplotlib, which is not installed: pip install matplotlib")
+    prompts = plan(args)
+    device = pick_device(args.device)
+    model = SRCgAudio.load(args.checkpoint, args.rate).to(device, args.precision)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for rate in args.rate:
+        for first in range(0, len(prompts), args.batch):
+            batch = prompts[first:first + args.batch]
+            waves = model.generate([text for _, text in batch], rate, args.seconds, args.steps, args.guidance,
+                                   args.seed + first, progress=True).cpu()                   # (B, samples)
+            for (name, text), wave in zip(batch, waves):
+                path = output_path(args.out, name, rate, ".wav")
+                if not wave.isfinite().all():
+                    raise ValueError(f"{args.checkpoint}: the model generated NaN for {text!r}; its weights are broken")
+                write_wav(wave, rate, path)
+                print(f"{path}: {text!r}, {len(wave) / rate:.2f} s at {rate} Hz, peak {wave.abs().max():.2f}", flush=True)
+                if args.spectrogram:
+                    draw(wave, rate, text, output_path(args.out, name, rate, ".png"))
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

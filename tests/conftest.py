@@ -1,0 +1,66 @@
+"""What the tests share: the golden data, an untrained tiny model, and a way to run the commands in this process."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from srcgaudio import PRESETS, RATES, SRCgAudio, TextEncoder, exit_cleanly
+from unet import UNet
+from vae import VAE
+from vocoder import STRIDES, Generator
+
+HERE = Path(__file__).parent
+CAPTIONS = HERE / "data" / "captions.csv"
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    """The arrays of a golden file as tensors."""
+    with np.load(HERE / "golden" / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def error(computed: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest expected value."""
+    return ((computed - expected).abs().max() / expected.abs().max()).item()
+
+
+def untrained(seed: int = 0) -> SRCgAudio:
+    """A tiny SRC-gAudio with random weights and vocoders for all rates."""
+    torch.manual_seed(seed)
+    config = PRESETS["tiny"]
+    encoder = TextEncoder(**config.text_encoder)
+    encoder.initialize(torch.Generator().manual_seed(seed))
+    encoder.tokenizer = train.train_tokenizer(["a dog barks", "rain falls on a roof", "the sea"], 128)
+    vocoders = {rate: Generator(STRIDES[rate], **config.vocoder) for rate in RATES}
+    return SRCgAudio(config, encoder, VAE(**config.vae), UNet(**config.unet), vocoders)
+
+
+@pytest.fixture(scope="session")
+def model() -> SRCgAudio:
+    return untrained()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save(folder)
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("sample.py", "a dog", ...) -> (exit status, stdout, stderr)."""
+    def run(script: str, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        status = 0
+        try:
+            exit_cleanly({"sample.py": sample.main, "train.py": train.main}[script])
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+    return run

@@ -1,0 +1,318 @@
+"""What a user types: training and sampling from end to end on real recordings, and mistakes of every kind.
+
+A mistake ends in one line on stderr that names the thing and the mend, exit status 2, and nothing lost.
+"""
+import csv
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import CAPTIONS, HERE
+from test_data import BAD_AUDIO, bad_audio
+
+from srcgaudio import RATES, SRCgAudio, mel_spectrogram
+
+ROOT = HERE.parent
+
+
+def few_clips(folder, count: int = 5):
+    """A CSV of the first `count` test recordings."""
+    with open(CAPTIONS, newline="") as file:
+        rows = list(csv.DictReader(file))[:count]
+    path = folder / "clips.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "caption"])
+        writer.writerows([CAPTIONS.parent / row["path"], row["caption"]] for row in rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder that the three jobs have trained in one call, two epochs each, at two rates; and what they printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = subprocess.run(
+        [sys.executable, "train.py", "vae", "vocoder", "ldm", "--data", few_clips(folder), "--preset", "tiny",
+         "--checkpoint", folder / "run", "--rates", "16000", "48000", "--epochs", "2", "--workers", "0"],
+        cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folder / "run", result.stdout + result.stderr
+
+
+def test_training_writes_a_checkpoint_and_its_losses(trained):
+    folder, printed = trained
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.json", "vae.pt", "unet.pt", "text_encoder.pt", "tokenizer.model", "vocoder_16000.pt",
+                     "vocoder_48000.pt", "discriminators_16000.pt", "discriminators_48000.pt"}
+    assert not any(name.endswith(".new") for name in names)
+    for job in ("vae", "vocoder_16000", "vocoder_48000", "ldm"):
+        with open(folder / f"{job}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert {"val_loss"} <= {row["name"] for row in rows} and all(np.isfinite(float(row["value"])) for row in rows)
+        assert f"{job}:" in printed and "loss=" in printed
+    assert {"val_16000", "val_48000"} <= {row["name"] for row in rows}             # the LDM's, at each rate
+    assert abs(SRCgAudio.load_vae(folder).scale_factor.item() - 1) > 1e-3          # set from the latents
+
+
+def test_sampling_writes_wavs_at_their_rates(trained, command, tmp_path):
+    status, out, err = command("sample.py", "a dog barks", "rain", "--rate", 16_000, 48_000, "--steps", 2, "--seconds",
+                               1, "--checkpoint", trained[0], "--out", tmp_path / "out")
+    assert status == 0, err
+    for name in ("a_dog_barks", "rain"):
+        for rate in (16_000, 48_000):
+            path = tmp_path / "out" / f"{name}_{rate}.wav"
+            wave, rate_written = soundfile.read(path)
+            assert rate_written == rate and len(wave) == rate and np.abs(wave).max() > 0 and str(path) in out
+
+
+def test_the_same_seed_writes_the_same_file(checkpoint, command, tmp_path):
+    for out, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert command("sample.py", "a dog", "--steps", 2, "--seconds", 0.5, "--checkpoint", checkpoint, "--seed", seed,
+                       "--out", tmp_path / out)[0] == 0
+    a, b, c = ((tmp_path / out / "a_dog_16000.wav").read_bytes() for out in "abc")
+    assert a == b != c
+
+
+def test_training_is_the_same_for_the_same_seed(command, tmp_path):
+    def train(name, seed):
+        status, _, err = command("train.py", "vae", "--data", few_clips(tmp_path), "--preset", "tiny", "--checkpoint",
+                                 tmp_path / name, "--rates", 16_000, "--epochs", 1, "--seed", seed, "--workers", 0)
+        assert status == 0, err
+        return torch.load(tmp_path / name / "vae.pt", weights_only=True)["encoder.conv_in.weight"]
+
+    assert torch.equal(train("a", 1), train("b", 1))
+    assert not torch.equal(train("c", 2), train("d", 1))
+
+
+def test_training_goes_on_from_a_checkpoint(trained, command, tmp_path):
+    """II-C: pre-trained weights, then all rates; and a vocoder that starts from one of another rate."""
+    status, _, err = command("train.py", "vocoder", "ldm", "--data", few_clips(tmp_path), "--start-from", trained[0],
+                             "--checkpoint", tmp_path / "joint", "--rates", 24_000, "--epochs", 1, "--workers", 0,
+                             "--lr", 1e-9)
+    assert status == 2 and "unet.pt" not in err, err     # the U-Net is copied as a start, so it may be replaced
+
+
+def test_prompts_from_files(checkpoint, command, tmp_path):
+    (tmp_path / "lines.txt").write_text("a dog barks\n\nrain on a roof\n")
+    (tmp_path / "test.csv").write_text('id,caption\nY1_a,"rain, and a dog"\nY2-b,the sea\n')
+    for file in ("lines.txt", "test.csv"):
+        status, _, err = command("sample.py", "--prompts-file", tmp_path / file, "--steps", 1, "--seconds", 0.2,
+                                 "--checkpoint", checkpoint, "--out", tmp_path / "out", "--batch", 1)
+        assert status == 0, err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "a_dog_barks_16000.wav", "rain_on_a_roof_16000.wav", "Y1_a_16000.wav", "Y2-b_16000.wav"}
+
+
+def test_equal_prompts_get_names_of_their_own(checkpoint, command, tmp_path):
+    assert command("sample.py", "rain", "Rain!", "rain", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint,
+                   "--out", tmp_path)[0] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rain_16000.wav", "rain_2_16000.wav", "rain_3_16000.wav"]
+
+
+def test_spectrograms_take_matplotlib(checkpoint, command, tmp_path, monkeypatch):
+    arguments = ("sample.py", "rain", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint, "--spectrogram",
+                 "--out", tmp_path / "out")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, err = command(*arguments)
+    assert status == 2 and "pip install matplotlib" in err and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib", reason="drawing is optional")
+
+
+def test_spectrograms_are_drawn(checkpoint, command, tmp_path):
+    pytest.importorskip("matplotlib", reason="drawing takes matplotlib, which is optional")
+    assert command("sample.py", "rain", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint, "--spectrogram",
+                   "--out", tmp_path)[0] == 0
+    assert (tmp_path / "rain_16000.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Mistakes
+
+
+def one_line(status: int, err: str, *parts: str) -> None:
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
+    assert all(part in lines[0] for part in parts), err
+
+
+@pytest.mark.parametrize("arguments, parts", [
+    ([], ["no prompt"]),
+    (["x", "--rate", "22050"], ["22050", "16000, 24000, 32000, 48000"]),
+    (["x", "--steps", "0"], ["steps", "1 to 1000"]),
+    (["x", "--steps", "2000"], ["steps", "1 to 1000"]),
+    (["x", "--seconds", "0"], ["seconds", "0.1 to 60"]),
+    (["x", "--seconds", "nan"], ["seconds", "0.1 to 60"]),
+    (["x", "--guidance", "-3"], ["guidance", "0 to 100"]),
+    (["x", "--batch", "0"], ["--batch"]),
+    (["x", "--seed", "-1"], ["--seed"]),
+    (["x", "--device", "tpu9"], ["tpu9", "--device cpu"]),
+    (["--prompts-file", "not_there.txt"], ["not_there.txt"]),
+    (["x", "--checkpoint", "not_there"], ["not_there", "no such checkpoint folder"]),
+])
+def test_sampling_mistakes(checkpoint, command, tmp_path, arguments, parts):
+    defaults = [] if "--checkpoint" in arguments else ["--checkpoint", checkpoint]
+    status, _, err = command("sample.py", *arguments, *defaults, "--out", tmp_path / "out")
+    one_line(status, err, *parts)
+    assert not list(tmp_path.rglob("*.wav"))
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("empty.txt", "", "no prompts"), ("a.csv", "caption\nrain\n", "id and caption"),
+    ("b.csv", "id,caption\n../evil,rain\n", "no file name"), ("c.txt", "\xff\xfe\x00", "UTF-8"),
+])
+def test_bad_prompt_files(checkpoint, command, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    status, _, err = command("sample.py", "--prompts-file", tmp_path / name, "--checkpoint", checkpoint)
+    one_line(status, err, name, message)
+
+
+def test_an_output_that_exists_is_kept(checkpoint, command, tmp_path):
+    (tmp_path / "rain_16000.wav").write_text("precious")
+    arguments = ("sample.py", "rain", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint, "--out", tmp_path)
+    status, _, err = command(*arguments)
+    one_line(status, err, "rain_16000.wav exists", "--overwrite")
+    assert (tmp_path / "rain_16000.wav").read_text() == "precious"
+    assert command(*arguments, "--overwrite")[0] == 0
+    assert soundfile.info(tmp_path / "rain_16000.wav").samplerate == 16_000
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code from a checkpoint ran",)
+
+
+@pytest.mark.parametrize("harm, parts", [
+    ("no config", ["config.json", "missing"]), ("config is not JSON", ["config.json"]),
+    ("config of another program", ["config.json", "preset"]), ("config with another argument", ["config.json", "UNet"]),
+    ("missing file", ["unet.pt", "no such"]), ("truncated file", ["unet.pt", "damaged"]),
+    ("empty file", ["unet.pt", "damaged"]), ("hostile file", ["unet.pt", "damaged"]),
+    ("another shape", ["unet.pt", "shape"]), ("missing tensor", ["unet.pt", "missing"]),
+    ("unknown tensor", ["unet.pt", "unknown tensor extra"]), ("tokenizer", ["tokenizer.model", "damaged"]),
+    ("no vocoder", ["16000", "train.py vocoder"]),
+])
+def test_bad_checkpoints(model, command, tmp_path, harm, parts):
+    model.save(tmp_path)
+    config, unet = tmp_path / "config.json", tmp_path / "unet.pt"
+    state = model.unet.state_dict()
+    if harm == "no config":
+        config.unlink()
+    elif harm == "config is not JSON":
+        config.write_text("{")
+    elif harm == "config of another program":
+        config.write_text('{"model_type": "t5"}')
+    elif harm == "config with another argument":
+        content = json.loads(config.read_text())
+        content["unet"]["depth"] = 3
+        config.write_text(json.dumps(content))
+    elif harm == "missing file":
+        unet.unlink()
+    elif harm == "truncated file":
+        unet.write_bytes(unet.read_bytes()[:-5000])
+    elif harm == "empty file":
+        unet.write_bytes(b"")
+    elif harm == "hostile file":
+        torch.save({"a": Evil()}, unet)
+    elif harm == "another shape":
+        torch.save(state | {"conv_in.weight": torch.zeros(1, 2)}, unet)
+    elif harm == "missing tensor":
+        torch.save({name: tensor for name, tensor in state.items() if name != "conv_in.bias"}, unet)
+    elif harm == "unknown tensor":
+        torch.save(state | {"extra": torch.zeros(1)}, unet)
+    elif harm == "tokenizer":
+        (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
+    elif harm == "no vocoder":
+        (tmp_path / "vocoder_16000.pt").unlink()
+    status, out, err = command("sample.py", "rain", "--checkpoint", tmp_path, "--out", tmp_path / "out")
+    one_line(status, err, *parts)
+    assert "code from a checkpoint" not in out + err
+
+
+@pytest.mark.parametrize("kind, message", BAD_AUDIO.items())
+def test_training_names_a_bad_recording(command, tmp_path, kind, message):
+    path = bad_audio(tmp_path, kind)
+    captions = tmp_path / "captions.csv"
+    captions.write_text(f"path,caption\n{path.name},a dog\n")
+    status, _, err = command("train.py", "vae", "--data", captions, "--preset", "tiny", "--checkpoint", tmp_path / "run")
+    one_line(status, err, path.name, message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments, parts", [
+    (["vae", "--rates", "44100"], ["44100"]),
+    (["vae", "--epochs", "0"], ["--epochs"]),
+    (["vae", "--lr", "nan"], ["--lr"]),
+    (["ldm"], ["vae.pt", "job vae"]),
+    (["vae", "--device", "cuda:99"], ["cuda:99"]),
+    (["vae", "--start-from", "not_there"], ["not_there"]),
+    (["ldm", "--flan-t5", "not_there"], ["not_there"]),
+])
+def test_training_mistakes(command, tmp_path, arguments, parts):
+    status, _, err = command("train.py", *arguments, "--data", few_clips(tmp_path), "--preset", "tiny", "--checkpoint",
+                             tmp_path / "run")
+    one_line(status, err, *parts)
+
+
+def test_training_replaces_no_weights_unasked(checkpoint, command, tmp_path):
+    status, _, err = command("train.py", "vae", "--data", few_clips(tmp_path), "--checkpoint", checkpoint)
+    one_line(status, err, "vae.pt exists", "--overwrite")
+    status, _, err = command("train.py", "vae", "--data", few_clips(tmp_path), "--checkpoint", checkpoint, "--preset",
+                             "small", "--overwrite")
+    one_line(status, err, "'tiny'", "'small'")
+
+
+def test_a_rate_above_the_recordings_is_asked_for(command, tmp_path):
+    for i in range(2):
+        soundfile.write(tmp_path / f"{i}.wav", 0.1 * np.random.default_rng(i).standard_normal(32_000), 16_000)
+    arguments = ["train.py", "vae", "--data", tmp_path, "--preset", "tiny", "--checkpoint", tmp_path / "run", "--rates",
+                 24_000, "--epochs", 1, "--workers", 0]
+    one_line(*(command(*arguments)[i] for i in (0, 2)), "24000", "--any-rate")
+    assert command(*arguments, "--any-rate")[0] == 0
+
+
+def test_a_full_disk_loses_nothing(checkpoint, tmp_path):
+    before = (checkpoint / "vae.pt").read_bytes()
+    program = ("import sys, train; from srcgaudio import exit_cleanly; import weights\n"
+               "exit_cleanly(lambda: weights.save(weights.read(sys.argv[1]), sys.argv[1]))")
+    limit = len(before) // 2
+    result = subprocess.run([sys.executable, "-c", program, checkpoint / "vae.pt"], cwd=ROOT, capture_output=True,
+                            text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    one_line(result.returncode, result.stderr, "vae.pt")
+    assert (checkpoint / "vae.pt").read_bytes() == before and not (checkpoint / "vae.pt.new").exists()
+
+
+def test_ctrl_c_ends_in_130_without_a_traceback(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "vae", "--data", few_clips(tmp_path), "--preset", "tiny", "--checkpoint",
+         tmp_path / "run", "--epochs", "10000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "vae.csv").exists():   # training has begun
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.vae_loss", lambda *_: (torch.tensor(float("nan"), requires_grad=True), torch.zeros(())))
+    status, _, err = command("train.py", "vae", "--data", few_clips(tmp_path), "--preset", "tiny", "--checkpoint",
+                             tmp_path / "run", "--epochs", 1, "--workers", 0)
+    assert status == 2 and "the loss of vae is nan at step 0" in err
+
+
+def test_a_trained_vocoder_learns(command, tmp_path):
+    """The mel of what it makes comes closer to the mel it is given."""
+    arguments = ["train.py", "vocoder", "--data", few_clips(tmp_path), "--preset", "tiny", "--checkpoint",
+                 tmp_path / "run", "--rates", 16_000, "--epochs", 12, "--batch", 2, "--workers", 0]
+    status, _, err = command(*arguments)
+    assert status == 0, err
+    with open(tmp_path / "run" / "vocoder_16000.csv", newline="") as file:
+        losses = [float(row["value"]) for row in csv.DictReader(file) if row["name"] == "val_loss"]
+    assert losses[-1] < 0.9 * losses[0]

@@ -1,0 +1,90 @@
+"""The VAE and HiFi-GAN beside their golden data: shapes, losses with a known answer, what they refuse."""
+import math
+
+import pytest
+import torch
+
+from srcgaudio import RATES
+from vae import VAE, sample_posterior, vae_loss
+from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, MultiPeriodDiscriminator, MultiScaleDiscriminator,
+                     adversarial_loss, discriminator_loss, feature_matching_loss, generator_loss)
+
+
+def test_vae_shapes():
+    vae = VAE((32, 32, 64), blocks=1)
+    mean, logvar = vae.encode(torch.randn(2, 24, 64))
+    assert mean.shape == logvar.shape == (2, 8, 6, 16)
+    assert vae.decode(mean).shape == (2, 24, 64)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        vae.encode(torch.randn(2, 25, 64))
+    with pytest.raises(ValueError, match="three multiples of 32"):
+        VAE((30, 60, 120))
+
+
+def test_vae_loss_is_l1_and_the_kl_to_a_standard_normal():
+    mel, moments = torch.zeros(1, 4, 64), torch.zeros(1, 8, 1, 16)
+    assert vae_loss(mel, mel + 2, moments, moments, kl_weight=1.0)[0].item() == 2        # N(0, 1): no KL
+    loss, l1 = vae_loss(mel, mel, moments + 1, moments + math.log(4), kl_weight=0.1)
+    assert l1 == 0 and loss.item() == pytest.approx(0.1 * 0.5 * (1 + 4 - 1 - math.log(4)))
+
+
+def test_posterior_samples_have_its_moments():
+    z = sample_posterior(torch.tensor(3.0), torch.tensor(math.log(4.0)), torch.randn(100_000))
+    assert z.mean().item() == pytest.approx(3, abs=0.05) and z.std().item() == pytest.approx(2, rel=0.02)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_every_generator_makes_hop_samples_of_a_frame(rate):
+    assert math.prod(STRIDES[rate]) == RATES[rate].hop
+    generator = Generator(STRIDES[rate], channels=32)
+    for frames in (1, 7):
+        wave = generator(torch.randn(2, frames, 64))
+        assert wave.shape == (2, frames * rate // 100) and wave.abs().max() <= 1
+
+
+def test_all_four_generators_have_the_same_tensors():
+    shapes = [{name: t.shape for name, t in Generator(s, channels=32).state_dict().items()} for s in STRIDES.values()]
+    assert all(s == shapes[0] for s in shapes)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Generator().parameters()) == 55_264_897    # AudioLDM's
+
+
+def test_convolutions_over_an_image_of_height_one_are_the_usual_ones():
+    x = torch.randn(2, 8, 50)
+    for ours, usual in [(Conv1d(8, 4, 7, dilation=3, padding=9), torch.nn.Conv1d),
+                        (Conv1d(8, 4, 5, stride=2, padding=2, groups=2), torch.nn.Conv1d),
+                        (ConvTranspose1d(8, 4, 16, 5, padding=5), torch.nn.ConvTranspose1d)]:
+        assert torch.allclose(ours(x[:, :, None])[:, :, 0], usual.forward(ours, x), atol=1e-5)
+
+
+def test_discriminators_judge_any_length():
+    for length in (2048, 2049):
+        wave = 0.1 * torch.randn(2, length)
+        judged = MultiPeriodDiscriminator(2)(wave) + MultiScaleDiscriminator(8)(wave)
+        assert len(judged) == 8 and all(score.shape[0] == 2 and score.ndim == 2 for score, _ in judged)
+        assert [len(features) for _, features in judged] == [6] * 5 + [8] * 3
+
+
+def test_discriminators_are_of_the_published_size():
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in d.parameters()) for d in (MultiPeriodDiscriminator(), MultiScaleDiscriminator())]
+    assert sizes == [41_104_480, 29_613_126]
+
+
+def test_gan_losses_at_known_scores():
+    def judged(score, feature):
+        return [(torch.full((2, 3), float(score)), [torch.full((2, 4), float(feature))] * 2)] * 3
+
+    assert discriminator_loss(judged(1, 0), judged(0, 0)) == 0               # the discriminators are right
+    assert discriminator_loss(judged(0, 0), judged(1, 0)) == 3 * 2           # and wrong, each by one on both
+    assert adversarial_loss(judged(1, 0)) == 0 and adversarial_loss(judged(0, 0)) == 3
+    assert feature_matching_loss(judged(1, 5), judged(0, 5)) == 0
+    assert feature_matching_loss(judged(1, 5), judged(0, 3)) == 3 * 2 * 2
+    mel = torch.zeros(1, 5, 64)
+    assert generator_loss(judged(1, 5), judged(0, 3), mel, mel + 1).item() == 3 + 2 * 12 + 45
+
+
+def test_feature_matching_trains_the_generator_alone():
+    real, generated = torch.ones(1, 4, requires_grad=True), torch.zeros(1, 4, requires_grad=True)
+    feature_matching_loss([(real, [real])], [(generated, [generated])]).backward()
+    assert real.grad is None and generated.grad is not None
