@@ -137,7 +137,8 @@ def find_clips(source: str | Path, captions: bool = True) -> list[Clip]:
         raise ValueError(f"{source}: no such CSV or folder")
     if not rows:
         raise ValueError(f"{source}: no clips in it ({', '.join(sorted(SUFFIXES))} files)")
-    return [inspect(path, caption) for path, caption in tqdm(rows, f"reading {source.name}", leave=False)]
+    with tqdm(rows, f"reading {source.name}", leave=False) as bar:
+        return [inspect(path, caption) for path, caption in bar]
 
 
 def read_captions(path: Path, captions: bool) -> list[tuple[Path, str]]:

@@ -521,6 +521,8 @@ class SRCgAudio:
             raise ValueError(f"seconds must be from 0.1 to 60, got {seconds}")
         if not 0 <= guidance <= 100:
             raise ValueError(f"guidance must be from 0 to 100, got {guidance}")
+        if not 0 <= seed < 2 ** 62:
+            raise ValueError(f"the seed must be from 0 to 2^62, got {seed}")
 
         # The latent has a quarter of the mel's frames, padded to the multiple that the U-Net takes.
         length = math.ceil(seconds * FRAMES_PER_SECOND / 4 / self.unet.multiple) * self.unet.multiple

@@ -57,8 +57,8 @@ SETTINGS = {
         "ldm": Settings(epochs=40, batch=8, lr=1e-3, validate_every=5),
     },
     "small": {
-        "vae": Settings(epochs=6, batch=8, lr=1e-3, frames=96, validate_every=3),
-        "vocoder": Settings(epochs=10, batch=8, lr=1e-3, frames=24, discriminators=(2, 8), validate_every=5),
+        "vae": Settings(epochs=12, batch=8, lr=2e-3, frames=48, validate_every=6),
+        "vocoder": Settings(epochs=7, batch=8, lr=2e-3, frames=16, discriminators=(2, 8), validate_every=3),
         "ldm": Settings(epochs=13, batch=16, lr=1e-3, validate_every=3),
     },
     # Epochs: III-B.  LDM: Tango's learning rate.  VAE: AudioLDM's recipe.  Vocoder: HiFi-GAN V1's, whose 8192 samples
@@ -235,7 +235,7 @@ class TrainVAE:
             decoded = self.network.decode(sample_posterior(mean, logvar, eps))               # (B, T, 64)
         loss, l1 = vae_loss(mel, decoded, mean, logvar, KL_WEIGHT)
         descend(loss, self.optimizers[0])
-        return {"loss": loss, "l1": l1}
+        return {"loss": loss.detach(), "l1": l1.detach()}
 
     def validate(self) -> dict[str, float]:
         """Log-mel L1 of encoding and decoding; also sets the scale factor."""
@@ -315,7 +315,7 @@ class TrainVocoder:
             loss = generator_loss(self.judge(wave), self.judge(generated), mel, mel_generated)
         descend(loss, self.optimizers[0])
         self.discriminators.requires_grad_(True)
-        return {"loss": loss, "mel": mel_loss(mel, mel_generated), "discriminators": loss_d}
+        return {"loss": loss.detach(), "mel": mel_loss(mel, mel_generated).detach(), "discriminators": loss_d.detach()}
 
     def validate(self) -> dict[str, float]:
         """Log-mel L1 of copy-synthesis: real wave -> mel -> vocoder -> mel."""
@@ -435,7 +435,7 @@ class TrainLDM:
         captions = ["" if null else clip.caption for (clip, _), null in zip(items, empty)]
         loss = self.losses(self.network, self.train_latents[batch], items, captions, t, noise).mean()
         descend(loss, self.optimizers[0])
-        return {"loss": loss}
+        return {"loss": loss.detach()}
 
     def validate(self) -> dict[str, float]:
         """Eq. (3) with fixed noise, and times spread evenly over the items of each rate."""
@@ -548,6 +548,7 @@ def prepare(args: argparse.Namespace) -> Run:
 def main() -> None:
     args = parse()
     run = prepare(args)
+    torch.manual_seed(args.seed)                         # the networks' first weights
     for job in args.jobs:
         changes = {name: getattr(args, name) for name in ("epochs", "batch", "lr") if getattr(args, name) is not None}
         settings = replace(SETTINGS[run.config.preset][job], **changes)

@@ -65,12 +65,6 @@ def test_discriminators_judge_any_length():
         assert [len(features) for _, features in judged] == [6] * 5 + [8] * 3
 
 
-def test_discriminators_are_of_the_published_size():
-    with torch.device("meta"):
-        sizes = [sum(p.numel() for p in d.parameters()) for d in (MultiPeriodDiscriminator(), MultiScaleDiscriminator())]
-    assert sizes == [41_104_480, 29_613_126]
-
-
 def test_gan_losses_at_known_scores():
     def judged(score, feature):
         return [(torch.full((2, 3), float(score)), [torch.full((2, 4), float(feature))] * 2)] * 3
