@@ -24,7 +24,8 @@ def parse() -> argparse.Namespace:
     add("prompts", nargs="*", help="the texts")
     add("--prompts-file", type=Path, metavar="FILE", help="a prompt a line, or a CSV with the columns id and caption")
     add("--checkpoint", type=Path, default=Path("runs/tiny"), metavar="FOLDER", help="default: %(default)s")
-    add("--rate", type=int, nargs="+", default=[16_000], metavar="HZ", help="one or several of 16000 (default), 24000, 32000, 48000")
+    add("--rate", type=int, nargs="+", default=[16_000], metavar="HZ",
+        help="one or several of 16000 (default), 24000, 32000, 48000")
     add("--seconds", type=float, help="default: the length the model was trained on")
     add("--steps", type=int, default=200, help="of DDIM, 1 to 1000 (default: 200, the paper's)")
     add("--guidance", type=float, default=3.0, help="w of Eq. (4) (default: 3, the paper's)")
@@ -143,7 +144,8 @@ def main() -> None:
                 if not wave.isfinite().all():
                     raise ValueError(f"{args.checkpoint}: the model generated NaN for {text!r}; its weights are broken")
                 write_wav(wave, rate, path)
-                print(f"{path}: {text!r}, {len(wave) / rate:.2f} s at {rate} Hz, peak {wave.abs().max():.2f}", flush=True)
+                print(f"{path}: {text!r}, {len(wave) / rate:.2f} s at {rate} Hz, peak {wave.abs().max():.2f}",
+                      flush=True)
                 if args.spectrogram:
                     draw(wave, rate, text, output_path(args.out, name, rate, ".png"))
 

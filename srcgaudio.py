@@ -383,19 +383,21 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
-    """The precision of a run: under it networks compute in bfloat16 ("bf16"), their weights staying float32, or all
-    in float32 ("fp32").  "auto" is bf16 where the processor multiplies it in hardware, else fp32."""
-    if precision not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"precision must be auto, bf16 or fp32, got {precision!r}")
-    if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            cpu = torch.cpu.get_capabilities()
-            fast = cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False)
-        precision = "bf16" if fast else "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def pick_precision(device: torch.device, name: str = "auto") -> torch.dtype:
+    """"bf16", "fp32", or "auto": bfloat16 where the processor multiplies it in hardware, else float32."""
+    if name not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision must be auto, bf16 or fp32, got {name!r}")
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    if name == "auto":
+        cpu = torch.cpu.get_capabilities()
+        return torch.bfloat16 if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else torch.float32
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """In here networks compute in `precision`; their weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
 def build(cls: type[nn.Module], arguments: dict, path: Path, source: Path) -> nn.Module:
@@ -419,7 +421,7 @@ class SRCgAudio:
     def __init__(self, config: Config, text_encoder: TextEncoder, vae: VAE, unet: UNet, vocoders: dict[int, Generator]):
         self.config, self.schedule = config, NoiseSchedule()
         self.text_encoder, self.vae, self.unet, self.vocoders = text_encoder, vae, unet, vocoders
-        self.device, self.precision = torch.device("cpu"), "auto"
+        self.to(torch.device("cpu"))
 
     @staticmethod
     def load_config(folder: str | Path) -> Config:
@@ -495,10 +497,10 @@ class SRCgAudio:
             weights.save(vocoder.state_dict(), folder / f"vocoder_{rate}.pt")
 
     def to(self, device: torch.device, precision: str = "auto") -> "SRCgAudio":
-        """Move all parts; `precision` is that of `autocast`."""
+        """Move all parts to a device; `precision` is auto, bf16 or fp32."""
         for part in (self.text_encoder, self.vae, self.unet, *self.vocoders.values()):
             part.to(device)
-        self.device, self.precision = device, precision
+        self.device, self.precision = device, pick_precision(device, precision)
         return self
 
     @torch.inference_mode()

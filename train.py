@@ -30,7 +30,7 @@ from tqdm import tqdm
 import weights
 from data import Clip, find_clips
 from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule, SRCgAudio, TextEncoder, autocast,
-                       check_rate, diffusion_loss, exit_cleanly, mel_spectrogram, pick_device)
+                       check_rate, diffusion_loss, exit_cleanly, mel_spectrogram, pick_device, pick_precision)
 from unet import UNet
 from vae import VAE, sample_posterior, vae_loss
 from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, MultiPeriodDiscriminator, MultiScaleDiscriminator,
@@ -61,8 +61,8 @@ SETTINGS = {
         "vocoder": Settings(epochs=7, batch=8, lr=2e-3, frames=16, discriminators=(2, 8), validate_every=3),
         "ldm": Settings(epochs=13, batch=16, lr=1e-3, validate_every=3),
     },
-    # Epochs: III-B.  LDM: Tango's learning rate.  VAE: AudioLDM's recipe.  Vocoder: HiFi-GAN V1's, whose 8192 samples
-    # at 22 kHz are 0.37 s.
+    # 40 epochs: III-B.  The LDM's learning rate: Tango's published training command, as linear decay is.  Vocoder:
+    # HiFi-GAN V1's batch and rate; its 8192 samples at 22 kHz are 0.37 s.  The rest is our choice.
     "paper": {
         "vae": Settings(epochs=40, batch=16, lr=5e-5, frames=512),
         "vocoder": Settings(epochs=40, batch=16, lr=2e-4, frames=40, discriminators=(32, 128)),
@@ -90,7 +90,7 @@ class Run:
     train_text_encoder: bool
     seed: int
     device: torch.device
-    precision: str
+    precision: torch.dtype
     workers: int
 
     def items(self, clips: list[Clip], rates: list[int] | None = None) -> list[tuple[Clip, int]]:
@@ -127,7 +127,7 @@ def ignore_interrupt(_worker: int) -> None:
 class Crops(Dataset):
     """Random crops of `frames` mel frames as waves (frames * hop,), each from (seed, epoch, item)."""
 
-    def __init__(self, run: "Run", items: list[tuple[Clip, int]], settings: Settings):
+    def __init__(self, run: Run, items: list[tuple[Clip, int]], settings: Settings):
         self.run, self.items, self.settings = run, items, settings
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
@@ -169,7 +169,8 @@ def fit(job, run: Run) -> None:
     settings = job.settings
     total = settings.epochs * len(job.batches(0))
     step, best = 0, math.inf
-    with open(run.folder / f"{job.name}.csv", "w", newline="", buffering=1) as file, tqdm(total=total, desc=job.name) as bar:
+    with (open(run.folder / f"{job.name}.csv", "w", newline="", buffering=1) as file,
+          tqdm(total=total, desc=job.name) as bar):
         log = csv.writer(file)
         log.writerow(["step", "name", "value"])
         for epoch in range(settings.epochs):
@@ -179,8 +180,8 @@ def fit(job, run: Run) -> None:
                 losses = job.step(batch, torch.Generator().manual_seed(run.seed * 2 ** 32 + step))
                 loss = float(losses["loss"])
                 if not math.isfinite(loss):
-                    raise ValueError(f"the loss of {job.name} is {loss} at step {step}; the best weights so far are "
-                                     f"in {run.folder}; a lower --lr may help")
+                    raise ValueError(f"the loss of {job.name} is {loss} at step {step}; what was saved before is kept; "
+                                     f"a lower --lr may help")
                 job.ema.update(job.network, step)
                 step += 1
                 if step % LOG_EVERY == 0:
@@ -195,6 +196,7 @@ def fit(job, run: Run) -> None:
                           + ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
                 if losses["loss"] < best:
                     best = losses["loss"]
+                    bar.set_postfix(loss=f"{loss:.3f}", best=f"{best:.4f}")
                     job.save()
 
 
@@ -525,7 +527,7 @@ def prepare(args: argparse.Namespace) -> Run:
                          unet=config.unet | {"context_width": encoder.embedding.weight.shape[1]})
 
     device = pick_device(args.device)
-    autocast(device, args.precision)
+    precision = pick_precision(device, args.precision)
     captions = "ldm" in args.jobs
     train = find_clips(args.data, captions)
     if args.val_data:
@@ -537,9 +539,9 @@ def prepare(args: argparse.Namespace) -> Run:
         if not train:
             raise ValueError(f"{args.data}: one clip is too few; validation holds out another")
     print(f"{len(train)} clips to train on, {sum(c.samples / c.rate for c in train) / 3600:.2f} h; "
-          f"{len(val)} to validate on; on {device}, {args.precision}", flush=True)
+          f"{len(val)} to validate on; {device}, {precision}", flush=True)
     run = Run(folder, config, train, val, sorted(set(args.rates)), args.any_rate, bool(args.start_from),
-              args.train_text_encoder, args.seed, device, args.precision, args.workers)
+              args.train_text_encoder, args.seed, device, precision, args.workers)
     run.items(train), run.items(val)
     SRCgAudio.save_config(config, folder)
     return run

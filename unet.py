@@ -214,7 +214,8 @@ class UNet(nn.Module):
             raise ValueError(f"the U-Net's widths {tuple(widths)}, heads {tuple(heads)} and cross_attention "
                              f"{tuple(cross_attention)} must be equally many")
         if any(width % 32 or width % head for width, head in zip(widths, heads)):
-            raise ValueError(f"the U-Net's widths {tuple(widths)} must be multiples of 32 and of the heads {tuple(heads)}")
+            raise ValueError(f"the U-Net's widths {tuple(widths)} must be multiples of 32 and of the heads "
+                             f"{tuple(heads)}")
         if set(tokens) - {"time", "rate"}:
             raise ValueError(f'the U-Net\'s condition tokens are "time" and "rate", got {tuple(tokens)}')
         self.context_width = context_width
