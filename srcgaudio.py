@@ -552,6 +552,9 @@ def exit_cleanly(main) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; what was finished before is kept", file=sys.stderr)
         sys.exit(130)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full; a smaller --batch takes less", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -52,9 +52,9 @@ class Settings:
 
 SETTINGS = {
     "tiny": {
-        "vae": Settings(epochs=40, batch=8, lr=1e-3, frames=64, validate_every=5),
-        "vocoder": Settings(epochs=40, batch=8, lr=1e-3, frames=32, discriminators=(2, 8), validate_every=10),
-        "ldm": Settings(epochs=40, batch=8, lr=1e-3, validate_every=5),
+        "vae": Settings(epochs=30, batch=8, lr=2e-3, frames=48, validate_every=10),
+        "vocoder": Settings(epochs=20, batch=8, lr=3e-3, frames=16, discriminators=(2, 8), validate_every=10),
+        "ldm": Settings(epochs=40, batch=8, lr=1e-3, validate_every=10),
     },
     "small": {
         "vae": Settings(epochs=12, batch=8, lr=2e-3, frames=48, validate_every=6),

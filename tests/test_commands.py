@@ -106,6 +106,15 @@ def test_training_goes_on_from_a_checkpoint(trained, command, tmp_path):
     assert weights.read(tmp_path / "joint" / "vae.pt").keys() == weights.read(trained[0] / "vae.pt").keys()
 
 
+def test_a_text_encoder_trained_along_changes(command, tmp_path, checkpoint):
+    status, _, err = command("train.py", "ldm", "--data", few_clips(tmp_path), "--start-from", checkpoint,
+                             "--checkpoint", tmp_path / "run", "--rates", 16_000, "--epochs", 1, "--workers", 0,
+                             "--train-text-encoder")
+    assert status == 0, err
+    before, after = (weights.read(folder / "text_encoder.pt") for folder in (checkpoint, tmp_path / "run"))
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
 def test_prompts_from_files(checkpoint, command, tmp_path):
     (tmp_path / "lines.txt").write_text("a dog barks\n\nrain on a roof\n")
     (tmp_path / "test.csv").write_text('id,caption\nY1_a,"rain, and a dog"\nY2-b,the sea\n')
