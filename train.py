@@ -45,19 +45,20 @@ class Settings:
     epochs: int                                          # passes over every clip at each of its rates
     batch: int
     lr: float                                            # falls linearly to zero
-    frames: int = 0                                      # length of the random crops; the LDM takes whole clips
+    frames: int = 0                                      # length of the random crops; the LDM takes whole clips.  The
+    #                       VAE's norms and attention see the whole crop: with short ones it fails on whole clips
     discriminators: tuple[int, int] = (0, 0)             # widths of the period and the scale discriminators
     validate_every: int = 1                              # epochs
 
 
 SETTINGS = {
     "tiny": {
-        "vae": Settings(epochs=30, batch=8, lr=2e-3, frames=48, validate_every=10),
+        "vae": Settings(epochs=15, batch=4, lr=2e-3, frames=192, validate_every=5),
         "vocoder": Settings(epochs=20, batch=8, lr=3e-3, frames=16, discriminators=(2, 8), validate_every=10),
         "ldm": Settings(epochs=40, batch=8, lr=1e-3, validate_every=10),
     },
     "small": {
-        "vae": Settings(epochs=12, batch=8, lr=2e-3, frames=48, validate_every=6),
+        "vae": Settings(epochs=2, batch=2, lr=2e-3, frames=384),
         "vocoder": Settings(epochs=7, batch=8, lr=2e-3, frames=16, discriminators=(2, 8), validate_every=3),
         "ldm": Settings(epochs=13, batch=16, lr=1e-3, validate_every=3),
     },
