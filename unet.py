@@ -304,7 +304,7 @@ class UNet(nn.Module):
         path = Path(path)
         everything = weights.read(path)
         tensors = weights.under(everything, "unet.", "")                          # Tango's text encoder is beside it
-        predicts = "v" if len(tensors) < len(everything) else "eps"
+        predicts = "v" if any(name.startswith("unet.") for name in everything) else "eps"
         config = {}
         if path.is_dir():
             config = weights.read_json(path / "config.json")

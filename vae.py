@@ -251,7 +251,7 @@ class VAE(nn.Module):
             if not tensors["scale_factor"].isfinite() or tensors["scale_factor"] == 0:
                 raise ValueError
         except (ValueError, TypeError, RuntimeError):
-            raise ValueError(f"{path}: the scale factor must be a number, not zero, got {scale_factor!r:.50}") from None
+            raise ValueError(f"{path}: the scale factor must be a number but 0, got {scale_factor!r:.50}") from None
         widths = [weights.shape_of(tensors, block.format(i, 0) + "conv1.weight", 4, path)[0] for i in range(3)]
         sizes = {"widths": widths, "blocks": weights.count(tensors, block.replace("{}", "0", 1))}
         return sizes, tensors, path, names

@@ -84,8 +84,8 @@ class Generator(nn.Module):
         super().__init__()
         if (len(strides) != len(kernels) or channels % 2 ** len(strides)
                 or not all(1 <= stride <= kernel for stride, kernel in zip(strides, kernels))):
-            raise ValueError(f"the vocoder takes as many kernels as strides, none smaller than its stride, and channels "
-                             f"that can be halved as often, "
+            raise ValueError(f"the vocoder takes as many kernels as strides, none smaller, and channels that can be "
+                             f"halved as often, "
                              f"got strides {tuple(strides)}, kernels {tuple(kernels)}, channels {channels}")
         self.hop = 1
         self.conv_pre = Conv1d(n_mels, channels, 7, padding=3)
@@ -126,7 +126,8 @@ class Generator(nn.Module):
                   ) -> tuple[dict, weights.Weights, Path, weights.Names]:
         """What `weights.build` takes to make the generator of a published file."""
         path = Path(path)
-        tensors = weights.under(weights.read(path), "generator.", "state_dict.first_stage_model.vocoder.", "vocoder.", "")
+        tensors = weights.under(weights.read(path), "generator.", "state_dict.first_stage_model.vocoder.", "vocoder.",
+                                "")
         names = TRANSFORMERS_NAMES if path.is_dir() else []
         tensors = weights.fold_weight_norm(tensors, path)
         for statistics in ("mean", "scale") if path.is_dir() else ():             # not used without normalize_before

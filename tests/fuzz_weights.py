@@ -209,7 +209,8 @@ def forge_pickle(content: bytes, rng: random.Random) -> bytes:
                         places = [i for i, byte in enumerate(record[:-5]) if byte in b"KMJ"]
                         i = rng.choice(places)
                         size = {b"K": 1, b"M": 2, b"J": 4}[record[i:i + 1]]
-                        forged = rng.choice([b"J\xff\xff\xff\x7f", b"J\x00\x00\x00\x80", b"K\x00", b"\x8a\x08" + b"\x7f" * 8])
+                        forged = rng.choice([b"J\xff\xff\xff\x7f", b"J\x00\x00\x00\x80", b"K\x00",
+                                             b"\x8a\x08" + b"\x7f" * 8])
                         record = record[:i] + forged + record[i + 1 + size:]
                     else:
                         i = rng.randrange(len(record))
