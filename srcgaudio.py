@@ -229,18 +229,70 @@ class TextEncoder(nn.Module):
         weights.save(self.state_dict(), folder / "text_encoder.pt")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "TextEncoder":
-        raise NotImplementedError
+    def from_pretrained(cls, path: str | Path) -> "TextEncoder":
+        """The encoder of a FLAN-T5 of any size, from its Hugging Face folder; or that in Tango's
+        `pytorch_model_main.bin`, with FLAN-T5's `spiece.model` beside it.
+
+        Raises ValueError naming the file that is missing, damaged or of another model.
+        """
+        path = Path(path)
+        encoder = weights.build(cls, *cls.published(path))
+        encoder.tokenizer = read_tokenizer((path if path.is_dir() else path.parent) / "spiece.model",
+                                           len(encoder.embedding.weight))
+        return encoder
+
+    @classmethod
+    def published(cls, path: str | Path) -> tuple[dict, weights.Weights, Path, weights.Names]:
+        """What `weights.build` takes to make the text encoder of a published file."""
+        path = Path(path)
+        tensors = {name: tensor for name, tensor in weights.under(weights.read(path), "text_encoder.", "").items()
+                   if name.startswith(("shared.", "encoder."))}                   # the decoder is never read
+        embedding = tensors.pop("encoder.embed_tokens.weight", None)              # the same as shared.weight
+        if embedding is not None:
+            tensors.setdefault("shared.weight", embedding)
+        sizes = cls.sizes(tensors, path)
+        if path.is_dir():
+            config = weights.read_json(path / "config.json")
+            weights.check_config({"feed_forward_proj": "relu"} | config, cls.transformers_config(sizes),
+                                 path / "config.json")
+        return sizes, tensors, path, T5_NAMES
+
+    @staticmethod
+    def sizes(tensors: weights.Weights, source: str | Path) -> dict:
+        """The arguments of a TextEncoder, from tensors under transformers' names."""
+        block = "encoder.block.0.layer.{}."
+        bias = "SelfAttention.relative_attention_bias.weight"
+        vocabulary, width = weights.shape_of(tensors, "shared.weight", 2, source)
+        heads = weights.shape_of(tensors, block.format(0) + bias, 2, source)[1]
+        inner = weights.shape_of(tensors, block.format(0) + "SelfAttention.q.weight", 2, source)[0]
+        ff_width = weights.shape_of(tensors, block.format(1) + "DenseReluDense.wi_0.weight", 2, source)[0]
+        return {"vocabulary": vocabulary, "width": width, "layers": weights.count(tensors, "encoder.block.{}."),
+                "heads": heads, "head_width": inner // max(heads, 1), "ff_width": ff_width}
+
+    @staticmethod
+    def transformers_config(sizes: dict) -> dict:
+        """What transformers' config.json says of these sizes, and of what is the same at every size."""
+        return {"vocab_size": sizes["vocabulary"], "d_model": sizes["width"], "num_layers": sizes["layers"],
+                "num_heads": sizes["heads"], "d_kv": sizes["head_width"], "d_ff": sizes["ff_width"],
+                "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32,
+                "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6}
 
 
-def read_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
-    """A sentencepiece model file.  Raises ValueError naming it if it is missing or damaged."""
+def read_tokenizer(path: str | Path, vocabulary: int) -> sentencepiece.SentencePieceProcessor:
+    """A sentencepiece model file with T5's special tokens and at most `vocabulary` tokens.
+
+    Raises ValueError naming the file if it is missing, damaged or another.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such sentencepiece model")
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
         raise ValueError(f"{path}: damaged, or not a sentencepiece model") from None
+    if tokenizer.vocab_size() > vocabulary or (tokenizer.pad_id(), tokenizer.eos_id()) != (0, 1):
+        raise ValueError(f"{path}: not this text encoder's, which has at most {vocabulary} tokens, "
+                         f"padding first and </s> second")
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,6 +319,12 @@ class NoiseSchedule:
         alpha_bar = self.alpha_bar.to(z_0.device)[t].to(z_0.dtype).view(-1, 1, 1, 1)     # (B, 1, 1, 1)
         # Eq. (1) applied t times: q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
         return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps
+
+    def eps_from_v(self, v: Tensor, z_t: Tensor, t: Tensor | int) -> Tensor:
+        """The noise in z_t (B, 8, T/4, 16) from v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0, which some
+        networks predict (Salimans, Ho 2022).  t: (B,) indices, or one for all."""
+        alpha_bar = self.alpha_bar.to(z_t.device)[t].to(z_t.dtype).view(-1, 1, 1, 1)
+        return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * z_t
 
     def ddim_steps(self, steps: int) -> list[int]:
         """The indices t that DDIM visits, from noise to data: evenly spaced, the last of them 1."""
@@ -299,8 +357,11 @@ def diffusion_loss(unet: UNet, schedule: NoiseSchedule, z_0: Tensor, rate: Tenso
     """
     z_t = schedule.add_noise(z_0, eps, t)
     c, c_mask = unet.condition(t, rate, text, text_mask)
+    predicted = unet(z_t, t, c, c_mask)
+    if unet.predicts == "v":
+        predicted = schedule.eps_from_v(predicted, z_t, t)
     # Eq. (3): min over theta of E || eps - eps_theta(z_t, t, c) ||^2, here as a mean over the latent's entries
-    return (eps - unet(z_t, t, c, c_mask)).square().mean(dim=(1, 2, 3))
+    return (eps - predicted).square().mean(dim=(1, 2, 3))
 
 
 def guided_noise(unet: UNet, z_t: Tensor, t: int, rate: int, text: Tensor, text_mask: Tensor,
@@ -402,13 +463,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 def build(cls: type[nn.Module], arguments: dict, path: Path, source: Path) -> nn.Module:
     """A module of the size that `source`, a config.json, names, with the weights of the file `path`."""
-    try:
-        with torch.device("meta"):                       # shapes alone: the file's tensors take their places
-            module = cls(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{source}: these sizes do not fit {cls.__name__} ({error})") from None
-    weights.load(module, weights.read(path), path)
-    return module.eval().to(memory_format=torch.channels_last)
+    return weights.build(cls, arguments, weights.read(path), path, sizes_source=source)
 
 
 class SRCgAudio:
@@ -464,7 +519,7 @@ class SRCgAudio:
         if isinstance(arguments, str):
             return TextEncoder.from_pretrained(arguments)
         encoder = build(TextEncoder, arguments, Path(folder) / "text_encoder.pt", Path(folder) / "config.json")
-        encoder.tokenizer = read_tokenizer(Path(folder) / "tokenizer.model")
+        encoder.tokenizer = read_tokenizer(Path(folder) / "tokenizer.model", len(encoder.embedding.weight))
         return encoder
 
     @classmethod
@@ -536,7 +591,9 @@ class SRCgAudio:
             null, null_mask = text[-1:].expand(len(prompts), -1, -1), mask[-1:].expand(len(prompts), -1)
 
             def predict_noise(z_t: Tensor, t: int) -> Tensor:
-                return guided_noise(self.unet, z_t, t, rate, text[:-1], mask[:-1], null, null_mask, guidance)
+                predicted = guided_noise(self.unet, z_t, t, rate, text[:-1], mask[:-1], null, null_mask, guidance)
+                # The weights of Eq. (4) sum to 1, so guidance and the step from v to eps can change places.
+                return self.schedule.eps_from_v(predicted, z_t, t) if self.unet.predicts == "v" else predicted
 
             z_0 = self.schedule.ddim(predict_noise, z_T, steps, progress)
             mel = self.vae.decode(z_0 / self.vae.scale_factor)                    # (B, T, 64)

@@ -10,19 +10,22 @@ Images are kept in channels_last, where (B, C, H, W) already lies in memory as t
 going between convolution and attention moves no data.
 """
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import weights
+
 # diffusers' name -> ours, read in both directions (weights.rename)
 DIFFUSERS_NAMES = [
-    (".transformer_blocks.0.", "."),
-    (".attn1.", ".self_attention."),
-    (".attn2.", ".cross_attention."),
+    ("attentions.{}.transformer_blocks.0.norm{}.", "attentions.{}.norm{}."),
+    (".transformer_blocks.0.attn1.", ".self_attention."),
+    (".transformer_blocks.0.attn2.", ".cross_attention."),
+    (".transformer_blocks.0.ff.net.0.proj.", ".feed_forward.proj_in."),
+    (".transformer_blocks.0.ff.net.2.", ".feed_forward.proj_out."),
     (".to_out.0.", ".to_out."),
-    (".ff.net.0.proj.", ".feed_forward.proj_in."),
-    (".ff.net.2.", ".feed_forward.proj_out."),
     (".downsamplers.0.conv.", ".downsample."),
     (".upsamplers.0.conv.", ".upsample."),
 ]
@@ -201,23 +204,28 @@ class UNet(nn.Module):
     context_width: d, the width of the text embedding and of the condition's tokens.
     tokens: which scalars become tokens of c.  SRC-gAudio ("time", "rate"), gAudio ("time",), Tango ().
     blocks: residual blocks of an encoder block (a decoder block has one more).
+    predicts: "eps"; or "v", as Tango's network does, which NoiseSchedule.eps_from_v makes eps_theta.
     """
 
     LATENT = 8
 
     def __init__(self, widths: tuple[int, ...] = (320, 640, 640, 1280), heads: tuple[int, ...] = (5, 10, 10, 20),
                  cross_attention: tuple[bool, ...] = (True, True, True, False), cross_attention_middle: bool = True,
-                 context_width: int = 1024, tokens: tuple[str, ...] = ("time", "rate"), blocks: int = 2):
+                 context_width: int = 1024, tokens: tuple[str, ...] = ("time", "rate"), blocks: int = 2,
+                 predicts: str = "eps"):
         super().__init__()
         levels = len(widths)
         if len(heads) != levels or len(cross_attention) != levels:
             raise ValueError(f"the U-Net's widths {tuple(widths)}, heads {tuple(heads)} and cross_attention "
                              f"{tuple(cross_attention)} must be equally many")
-        if any(width % 32 or width % head for width, head in zip(widths, heads)):
+        if any(head < 1 or width % 32 or width % head for width, head in zip(widths, heads)):
             raise ValueError(f"the U-Net's widths {tuple(widths)} must be multiples of 32 and of the heads "
                              f"{tuple(heads)}")
         if set(tokens) - {"time", "rate"}:
             raise ValueError(f'the U-Net\'s condition tokens are "time" and "rate", got {tuple(tokens)}')
+        if predicts not in ("eps", "v"):
+            raise ValueError(f'the U-Net predicts "eps" or "v", got {predicts!r}')
+        self.predicts = predicts
         self.context_width = context_width
         self.multiple = 2 ** (levels - 1)                # the latent's length must be a multiple of this
         self.time_token = nn.Linear(context_width, context_width) if "time" in tokens else None
@@ -279,3 +287,48 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             h = block(h, skips, time, c, c_mask)
         return self.conv_out(F.silu(self.conv_norm_out(h))).float()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, add_tokens: tuple[str, ...] = ()) -> "UNet":
+        """A diffusers `unet/` folder, or Tango's `pytorch_model_main.bin`.
+
+        add_tokens: which of "time" and "rate" to add, untrained, where the file has none, to go on training with them.
+        Raises ValueError naming the file if it is damaged or holds anything else.
+        """
+        return weights.build(cls, *cls.published(path, add_tokens))
+
+    @classmethod
+    def published(cls, path: str | Path, add_tokens: tuple[str, ...] = (),
+                  ) -> tuple[dict, weights.Weights, Path, weights.Names]:
+        """What `weights.build` takes to make the U-Net of a published file."""
+        path = Path(path)
+        everything = weights.read(path)
+        tensors = weights.under(everything, "unet.", "")                          # Tango's text encoder is beside it
+        predicts = "v" if any(name.startswith("unet.") for name in everything) else "eps"
+        config = {}
+        if path.is_dir():
+            config = weights.read_json(path / "config.json")
+            weights.check_config(config, {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
+                                          "norm_num_groups": 32}, path / "config.json")
+            if (path / "condition_tokens.safetensors").is_file():                 # ours, written by weights.py export
+                tensors |= weights.read(path / "condition_tokens.safetensors")
+            scheduler = path.parent / "scheduler" / "scheduler_config.json"
+            if scheduler.is_file() and weights.read_json(scheduler).get("prediction_type") == "v_prediction":
+                predicts = "v"
+
+        levels = range(weights.count(tensors, "down_blocks.{}."))
+        widths = [weights.shape_of(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", 4, path)[0] for i in levels]
+        heads = config.get("attention_head_dim") or [width // 64 for width in widths]         # Stable Diffusion 2's
+        attends = [f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in levels]
+        to_k = next((name for name in tensors if name.endswith(".attn2.to_k.weight")), "attn2.to_k.weight")
+        context_width = weights.shape_of(tensors, to_k, 2, path)[1]
+        for token in add_tokens:
+            if f"{token}_token.weight" not in tensors:
+                layer = nn.Linear(context_width, context_width)
+                tensors |= {f"{token}_token.{name}": tensor for name, tensor in layer.state_dict().items()}
+        sizes = {"widths": widths, "heads": heads if isinstance(heads, list) else [heads] * len(widths),
+                 "cross_attention": attends, "cross_attention_middle": "mid_block.attentions.0.norm.weight" in tensors,
+                 "context_width": context_width, "blocks": weights.count(tensors, "down_blocks.0.resnets.{}."),
+                 "tokens": [token for token in ("time", "rate") if f"{token}_token.weight" in tensors],
+                 "predicts": predicts}
+        return sizes, tensors, path, DIFFUSERS_NAMES

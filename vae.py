@@ -10,6 +10,7 @@ A mel has 100 frames a second at every sampling rate, so this one network serves
 The moments are unscaled.  `scale_factor` brings latents to unit variance for the diffusion model:
 z_0 = scale_factor * z, undone before decoding.
 """
+import warnings
 from pathlib import Path
 
 import torch
@@ -19,8 +20,29 @@ from torch import Tensor, nn
 import weights
 
 # Published name -> ours, read in both directions (weights.rename).  AudioLDM's own names are kept but for two;
-# diffusers saved the same tensors under names of its own, and counts the decoder's levels from the other end.
+# diffusers saves the same tensors under names of its own, and counts the decoder's levels from the other end.
 AUDIOLDM_NAMES = [(".nin_shortcut.", ".shortcut."), (".attn_1.", ".attention.")]
+DIFFUSERS_NAMES = [
+    ("encoder.down_blocks.{}.", "encoder.down.{}."),
+    ("decoder.up_blocks.0.", "decoder.up.2."),
+    ("decoder.up_blocks.1.", "decoder.up.1."),
+    ("decoder.up_blocks.2.", "decoder.up.0."),
+    ("down.{}.resnets.", "down.{}.block."),
+    ("up.{}.resnets.", "up.{}.block."),
+    (".downsamplers.0.", ".downsample."),
+    (".upsamplers.0.", ".upsample."),
+    (".conv_shortcut.", ".shortcut."),
+    (".mid_block.resnets.0.", ".mid.block_1."),
+    (".mid_block.resnets.1.", ".mid.block_2."),
+    (".mid_block.attentions.0.", ".mid.attention."),
+    (".attention.group_norm.", ".attention.norm."),
+    (".attention.to_q.", ".attention.q."),
+    (".attention.to_k.", ".attention.k."),
+    (".attention.to_v.", ".attention.v."),
+    (".attention.to_out.0.", ".attention.proj_out."),
+    (".conv_norm_out.", ".norm_out."),
+]
+OLD_DIFFUSERS_NAMES = [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")]
 
 
 class ResBlock(nn.Module):
@@ -195,8 +217,44 @@ class VAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "VAE":
-        """AudioLDM's published VAE, from its own `.ckpt` file or from the `vae/` folder of a diffusers pipeline."""
-        raise NotImplementedError
+        """AudioLDM's published VAE: its own `.ckpt`, Tango's `pytorch_model_vae.bin`, or a diffusers `vae/` folder.
+
+        Raises ValueError naming the file if it is damaged or holds anything else.
+        """
+        return weights.build(cls, *cls.published(path))
+
+    @classmethod
+    def published(cls, path: str | Path) -> tuple[dict, weights.Weights, Path, weights.Names]:
+        """What `weights.build` takes to make the VAE of a published file."""
+        path = Path(path)
+        if path.is_dir():
+            # Files from before March 2023 have the old names; attention is a linear layer or a 1 x 1 convolution.
+            tensors = weights.rename(weights.read(path), OLD_DIFFUSERS_NAMES)
+            tensors = {name: tensor[:, :, None, None] if ".attentions." in name and tensor.ndim == 2 else tensor
+                       for name, tensor in tensors.items()}
+            scale_factor = weights.read_json(path / "config.json").get("scaling_factor")
+            names, block = DIFFUSERS_NAMES, "encoder.down_blocks.{}.resnets.{}."
+        else:
+            everything = weights.under(weights.read(path), "state_dict.", "")
+            tensors = weights.under(everything, "first_stage_model.", "")      # beside the vocoder and a training's loss
+            tensors = {name: tensor for name, tensor in tensors.items()
+                       if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
+            scale_factor = everything.get("scale_factor")
+            if path.with_name("vae_config.json").is_file():                    # Tango's
+                scale_factor = weights.read_json(path.with_name("vae_config.json")).get("scale_factor")
+            names, block = AUDIOLDM_NAMES, "encoder.down.{}.block.{}."
+        if scale_factor is None:
+            warnings.warn(f"{path}: there is no scale factor with this VAE; 1 is taken")
+            scale_factor = 1.0
+        try:
+            tensors["scale_factor"] = torch.tensor(float(scale_factor))
+            if not tensors["scale_factor"].isfinite() or tensors["scale_factor"] == 0:
+                raise ValueError
+        except (ValueError, TypeError, RuntimeError):
+            raise ValueError(f"{path}: the scale factor must be a number but 0, got {scale_factor!r:.50}") from None
+        widths = [weights.shape_of(tensors, block.format(i, 0) + "conv1.weight", 4, path)[0] for i in range(3)]
+        sizes = {"widths": widths, "blocks": weights.count(tensors, block.replace("{}", "0", 1))}
+        return sizes, tensors, path, names
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:

@@ -19,6 +19,19 @@ import weights
 # Strides of the transposed convolutions at each rate.  Their product is the hop, rate / 100.  The kernels are the same
 # at every rate, so all four generators have the same tensors and one can start from another.
 STRIDES = {16_000: (5, 4, 2, 2, 2), 24_000: (5, 4, 3, 2, 2), 32_000: (5, 4, 4, 2, 2), 48_000: (6, 5, 4, 2, 2)}
+KERNELS = (16, 16, 8, 4, 4)
+
+# Published name -> ours, read in both directions (weights.rename): transformers' generator, and HiFi-GAN's
+# discriminators, whose first at scale has spectral norm and all others weight norm
+TRANSFORMERS_NAMES = [("upsampler.", "ups.")]
+DISCRIMINATOR_NAMES = [
+    ("msd.discriminators.0.convs.{}.weight_v", "msd.discriminators.0.convs.{}.parametrizations.weight.0._v"),
+    ("msd.discriminators.0.conv_post.weight_v", "msd.discriminators.0.conv_post.parametrizations.weight.0._v"),
+    (".weight_u", ".parametrizations.weight.0._u"),
+    (".weight_orig", ".parametrizations.weight.original"),
+    (".weight_g", ".parametrizations.weight.original0"),
+    (".weight_v", ".parametrizations.weight.original1"),
+]
 
 Features = list[Tensor]                                  # what the layers of one discriminator computed
 
@@ -66,11 +79,13 @@ class Generator(nn.Module):
 
     RES_KERNELS = (3, 7, 11)
 
-    def __init__(self, strides: tuple[int, ...] = STRIDES[16_000], kernels: tuple[int, ...] = (16, 16, 8, 4, 4),
+    def __init__(self, strides: tuple[int, ...] = STRIDES[16_000], kernels: tuple[int, ...] = KERNELS,
                  channels: int = 1024, n_mels: int = 64):
         super().__init__()
-        if len(strides) != len(kernels) or channels % 2 ** len(strides):
-            raise ValueError(f"the vocoder takes as many kernels as strides and channels that can be halved as often, "
+        if (len(strides) != len(kernels) or channels % 2 ** len(strides)
+                or not all(1 <= stride <= kernel for stride, kernel in zip(strides, kernels))):
+            raise ValueError(f"the vocoder takes as many kernels as strides, none smaller, and channels that can be "
+                             f"halved as often, "
                              f"got strides {tuple(strides)}, kernels {tuple(kernels)}, channels {channels}")
         self.hop = 1
         self.conv_pre = Conv1d(n_mels, channels, 7, padding=3)
@@ -96,8 +111,43 @@ class Generator(nn.Module):
         return wave[:, 0, 0, :mel.shape[1] * self.hop]
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "Generator":
-        raise NotImplementedError
+    def from_pretrained(cls, path: str | Path, strides: tuple[int, ...] | None = None) -> "Generator":
+        """AudioLDM's `.ckpt`, Tango's `pytorch_model_vae.bin`, a `vocoder/` folder of a diffusers pipeline, HiFi-GAN's
+        `g_*`, or ours.
+
+        The strides come from the config.json in the folder.  Without one they are those given, or AudioLDM's at
+        16 kHz, or for other kernels half of those, as in all of HiFi-GAN's own configurations.
+        Raises ValueError naming the file if it is damaged or holds anything else.
+        """
+        return weights.build(cls, *cls.published(path, strides))
+
+    @classmethod
+    def published(cls, path: str | Path, strides: tuple[int, ...] | None = None,
+                  ) -> tuple[dict, weights.Weights, Path, weights.Names]:
+        """What `weights.build` takes to make the generator of a published file."""
+        path = Path(path)
+        tensors = weights.under(weights.read(path), "generator.", "state_dict.first_stage_model.vocoder.", "vocoder.",
+                                "")
+        names = TRANSFORMERS_NAMES if path.is_dir() else []
+        tensors = weights.fold_weight_norm(tensors, path)
+        for statistics in ("mean", "scale") if path.is_dir() else ():             # not used without normalize_before
+            tensors.pop(statistics, None)
+
+        ups = "upsampler" if path.is_dir() else "ups"
+        kernels = tuple(weights.shape_of(tensors, f"{ups}.{i}.weight", 3, path)[2]
+                        for i in range(weights.count(tensors, ups + ".{}.")))
+        channels, n_mels, _ = weights.shape_of(tensors, "conv_pre.weight", 3, path)
+        config_path = (path if path.is_dir() else path.parent) / "config.json"
+        config = weights.read_json(config_path) if path.is_dir() or config_path.is_file() else {}
+        if path.is_dir() or "upsample_rates" in config:                           # a file may lie beside another's
+            weights.check_config(config, {
+                "resblock": "1", "resblock_kernel_sizes": list(cls.RES_KERNELS), "normalize_before": False,
+                "resblock_dilation_sizes": [[1, 3, 5]] * 3, "leaky_relu_slope": 0.1,
+                "upsample_rates": list(strides or config.get("upsample_rates", ()))}, config_path)
+            strides = config.get("upsample_rates", ())
+        strides = strides or (STRIDES[16_000] if kernels == KERNELS else [kernel // 2 for kernel in kernels])
+        sizes = {"strides": tuple(strides), "kernels": kernels, "channels": channels, "n_mels": n_mels}
+        return sizes, tensors, path, names
 
 
 def initialize(generator: Generator) -> None:
@@ -181,6 +231,22 @@ class MultiScaleDiscriminator(nn.Module):
                 wave = F.avg_pool1d(wave, 4, 2, padding=2)                      # half the rate
             judged.append(discriminator(wave))
         return judged
+
+
+def discriminators(periods: int = 32, scales: int = 128) -> nn.ModuleDict:
+    """Both, at their widths."""
+    return nn.ModuleDict({"mpd": MultiPeriodDiscriminator(periods), "msd": MultiScaleDiscriminator(scales)})
+
+
+def discriminators_from_pretrained(path: str | Path) -> nn.ModuleDict:
+    """{"mpd": ..., "msd": ...} from HiFi-GAN's `do_*`, whose other tensors are the optimizers'.
+
+    Raises ValueError naming the file if it is damaged or holds anything else.
+    """
+    tensors = {name: tensor for name, tensor in weights.read(path).items() if name.startswith(("mpd.", "msd."))}
+    sizes = {"periods": weights.shape_of(tensors, "mpd.discriminators.0.convs.0.bias", 1, path)[0],
+             "scales": weights.shape_of(tensors, "msd.discriminators.0.convs.0.bias", 1, path)[0]}
+    return weights.build(discriminators, sizes, tensors, path, DISCRIMINATOR_NAMES).train()
 
 
 def discriminator_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]]) -> Tensor:
