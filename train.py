@@ -33,8 +33,8 @@ from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule,
                        check_rate, diffusion_loss, exit_cleanly, mel_spectrogram, pick_device, pick_precision)
 from unet import UNet
 from vae import VAE, sample_posterior, vae_loss
-from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, MultiPeriodDiscriminator, MultiScaleDiscriminator,
-                     discriminator_loss, generator_loss, initialize, mel_loss)
+from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, discriminator_loss, discriminators, generator_loss,
+                     initialize, mel_loss)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How each preset is trained
@@ -272,9 +272,7 @@ class TrainVocoder:
         self.name = f"vocoder_{rate}"
         plain = Generator(strides=STRIDES[rate], **run.config.vocoder)
         initialize(plain)
-        periods, scales = settings.discriminators
-        self.discriminators = nn.ModuleDict({"mpd": MultiPeriodDiscriminator(periods),
-                                             "msd": MultiScaleDiscriminator(scales)}).to(run.device)
+        self.discriminators = discriminators(*settings.discriminators).to(run.device)
         if run.start:
             self.start_from_nearest(plain)
         self.ema = Ema(plain.to(run.device))             # plain weights: what is saved needs no weight norm

@@ -136,7 +136,7 @@ class KnownNoise(torch.nn.Module):
 
     def __init__(self, unet: UNet, answer):
         super().__init__()
-        self.unet, self.answer = unet, answer
+        self.unet, self.answer, self.predicts = unet, answer, unet.predicts
 
     def condition(self, *arguments):
         return self.unet.condition(*arguments)
