@@ -266,7 +266,7 @@ def load_in_child(jobs: list[tuple[str, Path]]) -> list[dict]:
         if process is None:
             process = subprocess.Popen([sys.executable, __file__, "--child"], stdin=subprocess.PIPE,
                                        stdout=subprocess.PIPE, env=os.environ | {"PYTHONFAULTHANDLER": "1"})
-            process.stdout.readline()
+            assert process.stdout.readline(), "the child did not start"
         process.stdin.write(json.dumps([kind, str(path)]).encode() + b"\n")
         process.stdin.flush()
         answer = process.stdout.readline() if select.select([process.stdout], [], [], SECONDS)[0] else None
