@@ -236,7 +236,7 @@ class VAE(nn.Module):
             names, block = DIFFUSERS_NAMES, "encoder.down_blocks.{}.resnets.{}."
         else:
             everything = weights.under(weights.read(path), "state_dict.", "")
-            tensors = weights.under(everything, "first_stage_model.", "")      # beside the vocoder and a training's loss
+            tensors = weights.under(everything, "first_stage_model.", "")      # beside the vocoder and the loss
             tensors = {name: tensor for name, tensor in tensors.items()
                        if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
             scale_factor = everything.get("scale_factor")
