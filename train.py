@@ -59,8 +59,8 @@ SETTINGS = {
     },
     "small": {
         "vae": Settings(epochs=8, batch=8, lr=2e-3, frames=48, long_epochs=1, validate_every=8),
-        "vocoder": Settings(epochs=6, batch=8, lr=2e-3, frames=16, discriminators=(2, 8), validate_every=3),
-        "ldm": Settings(epochs=10, batch=16, lr=1e-3, validate_every=5),
+        "vocoder": Settings(epochs=5, batch=8, lr=2e-3, frames=16, discriminators=(2, 8), validate_every=2),
+        "ldm": Settings(epochs=7, batch=16, lr=1e-3, validate_every=4),
     },
     # 40 epochs: III-B.  The LDM's learning rate: Tango's published training command, as linear decay is.  Vocoder:
     # HiFi-GAN V1's batch and rate; its 8192 samples at 22 kHz are 0.37 s.  The rest is our choice.
@@ -449,6 +449,7 @@ class TrainLDM:
         for rate in self.run.rates:
             indices = [i for i, item in enumerate(self.val_items) if item[1] == rate]
             t = (torch.arange(len(indices)) + 0.5) * self.schedule.T / len(indices)
+            t = t[torch.randperm(len(t), generator=torch.Generator().manual_seed(0))]
             for k in tqdm(range(0, len(indices), self.settings.batch), "validating", leave=False):
                 chosen = indices[k:k + self.settings.batch]
                 items = [self.val_items[i] for i in chosen]

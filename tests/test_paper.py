@@ -329,10 +329,10 @@ def test_a_checkpoint_comes_back_as_it_was(model, checkpoint):
     assert not torch.equal(again.generate(*arguments), untrained(seed=1).generate(*arguments))
 
 
-def test_the_scale_factor_is_undone_before_decoding(model, monkeypatch):
-    decoded = []
+def test_the_scale_factor_is_undone_before_decoding(monkeypatch):
+    model, decoded = untrained(), []
     monkeypatch.setattr(model.vae, "decode", lambda z: decoded.append(z) or torch.zeros(1, 64, 64))
     monkeypatch.setattr(model.schedule, "ddim", lambda *_: torch.full((1, 8, 16, 16), 3.0))
-    monkeypatch.setattr(model.vae, "scale_factor", torch.tensor(0.5))
+    model.vae.scale_factor.fill_(0.5)
     model.generate(["a dog"], 16_000, 0.5, steps=1)
     assert decoded[0].unique().item() == 6.0
