@@ -11,6 +11,7 @@ from conftest import HERE
 
 import sample
 import train
+import weights
 from srcgaudio import PRESETS, TextEncoder
 from unet import UNet
 from vae import VAE
@@ -39,11 +40,11 @@ def test_every_equation_stands_where_the_map_says(number):
     assert f"Eq. ({number})" in inspect.getsource(find(module, name))
 
 
-@pytest.mark.parametrize("line", re.findall(r"python ((?:train|sample)\.py [^#&\n]+)", README))
+@pytest.mark.parametrize("line", re.findall(r"python ((?:train|sample|weights)\.py [^#&\n]+)", README))
 def test_every_command_is_understood(line, monkeypatch):
     script, *arguments = shlex.split(line)
     monkeypatch.setattr("sys.argv", [script, *arguments])
-    parse = {"train.py": train.parse, "sample.py": sample.parse}[script]
+    parse = {"train.py": train.parse, "sample.py": sample.parse, "weights.py": weights.parse}[script]
     assert isinstance(parse(), argparse.Namespace)
 
 
