@@ -178,7 +178,7 @@ class PeriodDiscriminator(nn.Module):
             h = F.leaky_relu(conv(h), 0.1)
             features.append(h)
         h = self.conv_post(h)
-        return h.flatten(1), features + [h]
+        return h.flatten(1).float(), features + [h]
 
 
 class MultiPeriodDiscriminator(nn.Module):
@@ -213,7 +213,7 @@ class ScaleDiscriminator(nn.Module):
             h = F.leaky_relu(conv(h), 0.1)
             features.append(h)
         h = self.conv_post(h)
-        return h.flatten(1), features + [h]
+        return h.flatten(1).float(), features + [h]
 
 
 class MultiScaleDiscriminator(nn.Module):
@@ -262,7 +262,7 @@ def adversarial_loss(generated: list[tuple[Tensor, Features]]) -> Tensor:
 
 def feature_matching_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]]) -> Tensor:
     """L1 between what the discriminators' layers compute from a real and from a generated wave (HiFi-GAN, Eq. 4)."""
-    return sum((a.detach() - b).abs().mean()
+    return sum((a.detach().float() - b.float()).abs().mean()
                for (_, features_real), (_, features_generated) in zip(real, generated)
                for a, b in zip(features_real, features_generated))
 

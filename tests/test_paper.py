@@ -295,6 +295,13 @@ def test_a_seed_fixes_the_sound_whatever_the_batch(model):
     assert not torch.allclose(both, model.generate(["a dog", "rain"], 16_000, 0.5, steps=3, seed=7))
 
 
+def test_bfloat16_is_close_to_float32(model):
+    exact, rough = (model.to(torch.device("cpu"), precision).generate(["a dog"], 16_000, 0.5, steps=3)
+                    for precision in ("fp32", "bf16"))
+    model.to(torch.device("cpu"))
+    assert rough.dtype == torch.float32 and 0 < error(rough, exact) < 0.1
+
+
 def test_every_rate_starts_from_the_same_noise(model, monkeypatch):
     started = []
     ddim = model.schedule.ddim
