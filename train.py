@@ -57,10 +57,10 @@ SETTINGS = {
         "vocoder": Settings(epochs=20, batch=8, lr=3e-3, frames=16, discriminators=(2, 8), validate_every=10),
         "ldm": Settings(epochs=40, batch=8, lr=1e-3, validate_every=10),
     },
-    "small": {
+    "small": {                                           # what fits an hour on two CPU cores; more epochs sound better
         "vae": Settings(epochs=8, batch=8, lr=2e-3, frames=48, long_epochs=1, validate_every=8),
         "vocoder": Settings(epochs=5, batch=8, lr=2e-3, frames=16, discriminators=(2, 8), validate_every=2),
-        "ldm": Settings(epochs=7, batch=16, lr=1e-3, validate_every=4),
+        "ldm": Settings(epochs=4, batch=8, lr=1e-3, validate_every=4),
     },
     # 40 epochs: III-B.  The LDM's learning rate: Tango's published training command, as linear decay is.  Vocoder:
     # HiFi-GAN V1's batch and rate; its 8192 samples at 22 kHz are 0.37 s.  The rest is our choice.
