@@ -59,7 +59,7 @@ SETTINGS = {
     },
     "small": {                                           # what fits an hour on two CPU cores; more epochs sound better
         "vae": Settings(epochs=8, batch=8, lr=2e-3, frames=48, long_epochs=1, validate_every=8),
-        "vocoder": Settings(epochs=5, batch=8, lr=2e-3, frames=16, discriminators=(2, 8), validate_every=2),
+        "vocoder": Settings(epochs=8, batch=8, lr=2e-3, frames=16, discriminators=(2, 8), validate_every=4),
         "ldm": Settings(epochs=4, batch=8, lr=1e-3, validate_every=4),
     },
     # 40 epochs: III-B.  The LDM's learning rate: Tango's published training command, as linear decay is.  Vocoder:
