@@ -172,6 +172,14 @@ def fit(job, run: Run) -> None:
     job: name, settings, optimizers; batches(epoch) of known length; step(batch, noise) and validate(), each -> losses
     by name with "loss" among them; save(), which writes the weights that validate judged.
     """
+    interrupted = False
+
+    def interrupt(*_) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)              # workers that shut down can swallow the exception
     settings = job.settings
     total = sum(len(job.batches(epoch)) for epoch in range(settings.epochs))
     step, best = 0, math.inf
@@ -188,6 +196,8 @@ def fit(job, run: Run) -> None:
                 if not math.isfinite(loss):
                     raise ValueError(f"the loss of {job.name} is {loss} at step {step}; what was saved before is kept; "
                                      f"a lower --lr may help")
+                if interrupted:
+                    raise KeyboardInterrupt
                 job.ema.update(job.network, step)
                 step += 1
                 if step % LOG_EVERY == 0:
