@@ -71,6 +71,7 @@ def mel_filters(rate: int, n_fft: int, n_mels: int) -> Tensor:
 
 
 @functools.lru_cache
+@torch.inference_mode(False)                             # what generate() leaves in the cache must serve training too
 def mel_constants(rate: int, device: torch.device) -> tuple[Tensor, Tensor]:
     config = RATES[rate]
     window = torch.hann_window(config.n_fft, device=device)

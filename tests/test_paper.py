@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import error, golden, untrained
 
-from srcgaudio import (PRESETS, RATES, NoiseSchedule, SRCgAudio, diffusion_loss, guided_noise, mel_spectrogram,
-                       relative_position_buckets)
+from srcgaudio import (PRESETS, RATES, NoiseSchedule, SRCgAudio, diffusion_loss, guided_noise, mel_constants,
+                       mel_spectrogram, relative_position_buckets)
 from unet import UNet
 
 
@@ -47,6 +47,15 @@ def test_every_rate_has_100_frames_a_second(rate):
         wave = torch.zeros(2, round(seconds * rate))
         assert mel_spectrogram(wave, rate).shape == (2, int(seconds * 100), 64)
     assert mel_spectrogram(wave, rate).unique().item() == pytest.approx(math.log(1e-5))
+
+
+def test_mel_serves_training_after_generation():
+    wave = torch.randn(1, 16_000, requires_grad=True)
+    mel_constants.cache_clear()
+    with torch.inference_mode():
+        mel_spectrogram(wave, 16_000)
+    mel_spectrogram(wave, 16_000).sum().backward()
+    assert wave.grad.abs().sum() > 0
 
 
 def test_mel_refuses_what_it_cannot_take():
