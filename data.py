@@ -1,15 +1,24 @@
-"""Captioned audio: finding clips, reading and resampling them, cutting crops.
+"""Captioned audio: reading and resampling, finding clips in the datasets of Section III-A, a cache on disk.
 
-    find_clips    a CSV with `path` and `caption` columns, or a folder of audio files -> list of Clip
     read_audio    a file, or a part of it -> wave (L,) at any rate, mono
     resample      wave (L,) at one rate -> wave at another, band-limited
+    find_clips    caption files and folders as they are published -> list of Clip
+    Cache         what has been computed once from files and frozen networks
 
 What is loaded is level-adjusted as AudioLDM does: zero mean and a peak of 0.5 over the whole clip.
 """
 import csv
+import hashlib
+import json
 import math
+import os
+import sqlite3
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -120,52 +129,253 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
     return out.flatten()[:length]
 
 
-def find_clips(source: str | Path, captions: bool = True) -> list[Clip]:
-    """The clips of a CSV with the columns `path` (relative to the CSV) and `caption`, or of a folder.
-
-    Reads every file once: a bad one is better found now than after an hour.  Raises ValueError naming the file and,
-    in a CSV, its line.  captions: whether the job needs them; a folder has none.
-    """
-    source = Path(source)
-    if source.is_dir():
-        if captions:
-            raise ValueError(f"{source}: a folder has no captions; give a CSV with the columns path and caption")
-        rows = [(path, "") for path in sorted(source.rglob("*")) if path.suffix.lower() in SUFFIXES]
-    elif source.is_file():
-        rows = read_captions(source, captions)
-    else:
-        raise ValueError(f"{source}: no such CSV or folder")
-    if not rows:
-        raise ValueError(f"{source}: no clips in it ({', '.join(sorted(SUFFIXES))} files)")
-    with tqdm(rows, f"reading {source.name}", leave=False) as bar:
-        return [inspect(path, caption) for path, caption in bar]
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
 
 
-def read_captions(path: Path, captions: bool) -> list[tuple[Path, str]]:
-    """The (audio path, caption) rows of a CSV."""
+def digest(*parts: object) -> bytes:
+    """16 bytes that stand for what was computed from these parts."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def file_digest(path: Path) -> bytes:
+    """Changes when the file does: its place, size and time of change."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            for column in ("path", "caption") if captions else ("path",):
-                if column not in columns:
-                    raise ValueError(f"{path}: no column `{column}` in its first line ({','.join(columns)[:80]})")
-            rows = []
-            for row in reader:
-                if not row["path"] or captions and not (row["caption"] or "").strip():
-                    raise ValueError(f"{path}, line {reader.line_num}: a path or a caption is missing")
-                rows.append((path.parent / row["path"], (row.get("caption") or "").strip()))
+        status = path.stat()
+        return digest(str(path.resolve()), status.st_size, status.st_mtime_ns)
+    except OSError:
+        return digest(str(path), None)
+
+
+class Cache:
+    """Arrays of 16 bits and facts about files, kept in a folder under the digest of all that they were made from.
+
+    So what was made from a file or a network that has changed since is not found again: stale entries take room (delete
+    the folder to have it back) but are never read.  arrays.f16 holds the numbers, index.sqlite says where.  Several
+    runs may share a cache and be killed at any moment: an array counts from when the index names it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.arrays = folder, folder / "arrays.f16"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.arrays.touch()
+        self.index = sqlite3.connect(folder / "index.sqlite", timeout=3600, isolation_level=None)
+        self.execute("CREATE TABLE IF NOT EXISTS arrays (key BLOB PRIMARY KEY, start INTEGER, size INTEGER)")
+        self.execute("CREATE TABLE IF NOT EXISTS facts (key BLOB PRIMARY KEY, fact TEXT)")
+        if self.end() > self.arrays.stat().st_size // 2:
+            raise ValueError(f"{self.arrays}: shorter than its index says; delete the folder {folder}")
+
+    def execute(self, command: str, values: tuple = ()) -> sqlite3.Cursor:
+        try:
+            return self.index.execute(command, values)
+        except sqlite3.OperationalError as error:        # a full disk, a folder that can't be written
+            raise OSError(f"{self.folder / 'index.sqlite'}: {error}") from None
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.folder / 'index.sqlite'}: {error}; delete the folder {self.folder}") from None
+
+    def end(self) -> int:
+        return self.execute("SELECT MAX(start + size) FROM arrays").fetchone()[0] or 0
+
+    def find(self, key: bytes) -> tuple[int, int] | None:
+        """Where an array lies: its start and size, in numbers; None if it is not there."""
+        return self.execute("SELECT start, size FROM arrays WHERE key = ?", (key,)).fetchone()
+
+    def add(self, arrays: dict[bytes, np.ndarray]) -> None:
+        self.execute("BEGIN IMMEDIATE")                  # one writer at a time
+        try:
+            start = self.end()
+            with open(self.arrays, "r+b") as file:
+                file.seek(2 * start)
+                for key, array in arrays.items():
+                    file.write(array.astype(np.float16).tobytes())
+                    self.execute("INSERT OR REPLACE INTO arrays VALUES (?, ?, ?)", (key, start, array.size))
+                    start += array.size
+                file.flush()
+                os.fsync(file.fileno())
+            self.execute("COMMIT")
+        except BaseException:
+            self.index.rollback()
+            raise
+
+    def fact(self, key: bytes) -> list | None:
+        found = self.execute("SELECT fact FROM facts WHERE key = ?", (key,)).fetchone()
+        return json.loads(found[0]) if found else None
+
+    def add_facts(self, facts: dict[bytes, list]) -> None:
+        self.execute("BEGIN IMMEDIATE")
+        for key, fact in facts.items():
+            self.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(fact)))
+        self.execute("COMMIT")
+
+
+def read_array(arrays: Path, place: tuple[int, int]) -> Tensor:
+    """The array at a place that `Cache.find` gave, (size,), as float32."""
+    # Mapped anew each time: one lasting map of the whole file would come to count as this process's memory.
+    array = np.memmap(arrays, np.float16, "r", 2 * int(place[0]), int(place[1]))
+    return torch.from_numpy(array.astype(np.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding clips: captions as they are published
+
+
+class Row(NamedTuple):
+    """A line of a caption file.  Published ones give an id, which the audio file's name is made of in several ways."""
+
+    names: list[str]                                     # names the audio file may have, without folder and suffix
+    caption: str
+    blacklisted_as: str = ""                             # its id in WavCaps' blacklists
+    path: Path | None = None                             # of the audio, where the row gives it
+
+
+def read_rows(source: Path, captions: bool, split: str) -> list[Row]:
+    """The rows of a caption file, in any of the formats that `find_clips` names.  Raises ValueError naming the file."""
+    if source.suffix.lower() == ".json":                 # WavCaps
+        entries = read_json(source).get("data")
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) and {"id", "caption"} <= set(entry)
+                                                    for entry in entries):
+            raise ValueError(f'{source}: not as WavCaps\'s files are, {{"data": [{{"id": ..., "caption": ...}}, ...]}}')
+        return [Row([stem(entry["id"])], str(entry["caption"]), stem(entry["id"])) for entry in entries]
+    try:
+        with open(source, newline="", encoding="utf-8-sig") as file:
+            lines = [line for line in csv.reader(file) if line]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV in UTF-8 ({error})") from None
-    if not rows:
-        raise ValueError(f"{path}: the caption file has no rows; each is an audio file's path and its caption")
-    return rows
+        raise ValueError(f"{source}: not a CSV in UTF-8 ({error})") from None
+    columns, table = (lines[0], lines[1:]) if lines else ([], [])
+    rows = [dict(zip_longest(columns, line, fillvalue="")) for line in table]
+    if {"path", "caption"} <= set(columns) or not captions and "path" in columns:
+        return [Row([], row.get("caption", ""), path=source.parent / row["path"]) for row in rows]
+    if {"audiocap_id", "youtube_id", "start_time", "caption"} <= set(columns):
+        return [Row([row["youtube_id"], f"Y{row['youtube_id']}", f"{row['youtube_id']}_{row['start_time']}",
+                     row["audiocap_id"]], row["caption"], f"Y{row['youtube_id']}") for row in rows]
+    if {"filename", "category"} <= set(columns):         # ESC-50
+        return [Row([stem(row["filename"])], row["category"].replace("_", " ")) for row in rows]
+    if len(columns) == 4 and columns[3] in ("train", "test"):          # VGGSound has no line of names
+        return [Row([f"{youtube}_{int(start):06}", f"{youtube}_{start}", youtube, f"Y{youtube}"], label, f"Y{youtube}")
+                for youtube, start, label, part in lines if part == split]
+    raise ValueError(f"{source}: its first line, {','.join(columns)[:80]!r}, has no columns path and caption, "
+                     f"nor is it AudioCaps', ESC-50's or VGGSound's")
 
 
-def inspect(path: Path, caption: str) -> Clip:
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: its JSON is not an object")
+    return content
+
+
+def stem(name: object) -> str:
+    """A file's name without its audio suffix; ids of WavCaps may or may not have one."""
+    path = Path(str(name))
+    return path.stem if path.suffix.lower() in SUFFIXES else str(name)
+
+
+def audio_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def find_audio(row: Row, files: dict[str, list[Path]]) -> Path:
+    """The row's file among those of a folder, by name without suffix.  Raises ValueError if it is not there."""
+    if row.path is not None:
+        return row.path
+    for name in row.names:
+        if len(files.get(name, [])) == 1:
+            return files[name][0]
+        if name in files:
+            raise ValueError(f"{name}: several files have this name, such as {files[name][0]} and {files[name][1]}")
+    raise ValueError(f"{row.names[0]}: no such audio file")
+
+
+def read_blacklist(path: Path) -> set[str]:
+    """The ids in one of WavCaps' blacklists, {"AudioSet": ["Y...wav", ...], "FreeSound": ["156", ...]}, as stems."""
+    lists = read_json(path)
+    if not all(isinstance(ids, list) for ids in lists.values()):
+        raise ValueError(f"{path}: not as WavCaps' blacklists are, lists of ids under the names of their sources")
+    return {stem(name) for ids in lists.values() for name in ids}
+
+
+def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, blacklists: Sequence[Path] = (),
+               split: str = "train", progress: bool = True) -> tuple[list[Clip], list[str]]:
+    """The clips of several sources, and a line for each that is left out: its name and why.
+
+    A source is a folder of audio files, or a caption file and, where its audio is not beside it, the folder with it:
+        path,caption        a CSV with these columns, paths relative to it
+        AudioCaps           its CSV (audiocap_id,youtube_id,start_time,caption)
+        WavCaps             one of its JSON files
+        VGGSound            vggsound.csv; its labels are the captions; rows of `split` alone
+        ESC-50              meta/esc50.csv; its categories are the captions
+    In the last four, files are found by id anywhere under the folder.  blacklists: WavCaps' files of test clips.
+    captions: whether the job needs them; a folder has none.  Reads every file whole, unless the cache knows it.
+    Raises ValueError if no clip is left.
+    """
+    blacklisted = set().union(*(read_blacklist(path) for path in blacklists))
+    found, left_out = [], []                             # (audio path, caption), lines
+    for source, *folders in sources:
+        if len(folders) > 1 or folders and not folders[0].is_dir():
+            raise ValueError(f"{folders[-1]}: not a folder; a source is a caption file and the folder with its audio, "
+                             f"and another source is another --data")
+        if source.is_dir():
+            if captions:
+                raise ValueError(f"{source}: a folder has no captions; name a caption file, then the folder")
+            found += [(path, "") for path in audio_files(source)]
+            continue
+        if not source.is_file():
+            raise ValueError(f"{source}: no such caption file or folder")
+        rows = read_rows(source, captions, split)
+        files: dict[str, list[Path]] = {}
+        if any(row.path is None for row in rows):
+            for path in audio_files(folders[0] if folders else source.parent):
+                files.setdefault(path.stem, []).append(path)
+        for row in rows:
+            try:
+                path = find_audio(row, files)
+                if captions and not row.caption.strip():
+                    raise ValueError(f"{path}: has no caption in {source.name}")
+                if row.blacklisted_as in blacklisted:
+                    raise ValueError(f"{path}: on a blacklist of test clips")
+                found.append((path, row.caption.strip()))
+            except ValueError as error:
+                left_out.append(str(error))
+    facts = inspect_all({path for path, _ in found}, cache, progress)
+    clips = [Clip(path, caption, *facts[path]) for path, caption in found if not isinstance(facts[path], str)]
+    left_out = list(dict.fromkeys(left_out)) + sorted(fact for fact in facts.values() if isinstance(fact, str))
+    if not clips:
+        reason = f"{len(left_out)} left out, such as {left_out[0]}" if left_out else "there are none"
+        raise ValueError(f"{', '.join(str(source) for source, *_ in sources)}: no clips to use; {reason}")
+    return clips, left_out
+
+
+def inspect_all(paths: set[Path], cache: Cache, progress: bool) -> dict[Path, list | str]:
+    """What `inspect` says of each file, or the line that says what is wrong with it."""
+    keys = {path: file_digest(path) for path in paths}
+    facts = {path: cache.fact(key) for path, key in keys.items()}
+    new = [path for path in sorted(paths) if facts[path] is None]
+
+    def look(path: Path) -> list | str:
+        try:
+            return inspect(path)
+        except ValueError as error:
+            return str(error)
+
+    with (ThreadPoolExecutor() as threads,
+          tqdm(total=len(new), desc="reading", leave=False, disable=not progress) as bar):
+        for first in range(0, len(new), 1000):
+            chunk = new[first:first + 1000]
+            for path, fact in zip(chunk, threads.map(look, chunk)):
+                facts[path] = fact
+                bar.update()
+            cache.add_facts({keys[path]: facts[path] for path in chunk if not isinstance(facts[path], str)})
+    return facts
+
+
+def inspect(path: Path) -> list:
+    """Rate, samples, mean and peak of a file.  Raises ValueError naming it if it can't be used."""
     wave, rate = read_audio(path)
     mean = wave.double().mean().item()
     peak = (wave.double() - mean).abs().max().item()
     if peak < 1e-4:                                      # -80 dB
-        raise ValueError(f"{path}: silent; leave it out")
-    return Clip(path, caption, rate, len(wave), mean, peak)
+        raise ValueError(f"{path}: silent")
+    return [rate, len(wave), mean, peak]

@@ -1,39 +1,55 @@
 """Training: captioned audio in, a checkpoint folder with a VAE, vocoders and the latent diffusion model out.
 
     python train.py vae vocoder ldm --data clips.csv --preset tiny --checkpoint runs/tiny
+    torchrun --nproc_per_node=8 train.py ldm --data clips.csv --checkpoint runs/paper
 
 Sections II-B, II-C and III, Fig. 1 ("training").  The three jobs can run in one call or one by one into the same
 folder; the LDM needs the VAE.  Each keeps the weights with the best validation loss, in moving average (EMA), and
-writes its losses to JOB.csv.  All randomness comes from --seed: crops from (seed, epoch, item), noise from
-(seed, step).
+writes its losses to JOB.csv.
+
+Every random draw is a function of --seed, the epoch and the item.  So a run that was stopped, by kill -9 even, goes on
+from its last state as if it had never stopped, and how a batch is split over processes changes nothing but rounding.
 """
 import argparse
 import copy
 import csv
+import hashlib
+import importlib.util
 import io
+import json
 import math
 import operator
+import os
 import shutil
 import signal
-from dataclasses import dataclass, replace
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import weights
-from data import Clip, find_clips
+from data import Cache, Clip, digest, file_digest, find_clips, read_array
 from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule, SRCgAudio, TextEncoder, autocast,
                        check_rate, diffusion_loss, exit_cleanly, mel_spectrogram, pick_device, pick_precision)
-from unet import UNet
+from unet import ResBlock, Transformer, UNet
 from vae import VAE, sample_posterior, vae_loss
-from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, discriminator_loss, discriminators, generator_loss,
+from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Discriminators, Generator, discriminator_loss, generator_loss,
                      initialize, mel_loss)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +59,7 @@ from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, discriminator_
 @dataclass(frozen=True)
 class Settings:
     epochs: int                                          # passes over every clip at each of its rates
-    batch: int
+    batch: int                                           # items of a step, over all processes
     lr: float                                            # falls linearly to zero
     frames: int = 0                                      # length of the random crops; the LDM takes whole clips
     long_epochs: int = 0                                 # the last ones: an eighth of the crops, eight times as long
@@ -87,22 +103,146 @@ class Run:
     val: list[Clip]
     rates: list[int]
     any_rate: bool                                       # train rates above a clip's own too (gAudio-FT, Table II)
-    start: bool                                          # start from the weights in the folder
+    start: Path | None                                   # the checkpoint whose weights are the start
     train_text_encoder: bool
     seed: int
     device: torch.device
     precision: torch.dtype
     workers: int
+    cache: Cache
+    accumulate: int                                      # parts that each process takes its share of a batch in
+    activation_checkpointing: bool
+    save_minutes: float
+    plot: bool
 
     def items(self, clips: list[Clip], rates: list[int] | None = None) -> list[tuple[Clip, int]]:
         """Every clip at each of its rates, among the run's or those given."""
         rates = rates or self.rates
         items = [(clip, rate) for clip in clips for rate in rates if self.any_rate or clip.reaches(rate)]
+        count = Counter(rate for _, rate in items)
         for rate in rates:
-            if not any(r == rate for _, r in items):
+            if not count[rate]:
                 raise ValueError(f"no clip reaches {rate} Hz (the highest file is at {max(c.rate for c in clips)} Hz); "
                                  f"leave that rate out, or allow upsampling with --any-rate")
         return items
+
+    def identity(self, settings: Settings) -> dict[str, str]:
+        """What must be the same for a run to go on as if it had never stopped."""
+        data = digest([self.items(clips) for clips in (self.train, self.val)])
+        return {"the data": data.hex(), "the rates": str(self.rates), "the settings": str(settings),
+                "the sizes": json.dumps(asdict(self.config)), "the seed": str(self.seed), "the precision": str(self.precision),
+                "--train-text-encoder": str(self.train_text_encoder)}
+
+    def starts_from(self, name: str) -> Path | None:
+        """The folder to load the file `name` from, if the run is to start from one that has it."""
+        if self.start and (self.start / name).is_file():
+            say(f"starting from {self.start / name}")
+            return self.start
+        return None
+
+    def data_loader(self, data: Dataset, **arguments) -> DataLoader:
+        return DataLoader(data, num_workers=self.workers, worker_init_fn=ignore_signals, **arguments)
+
+
+def ignore_signals(_worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):       # theirs to handle is the main process
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One process or several, which torchrun starts; each takes its share of every batch
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if processes() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """What rank 0 writes in here, the others find written."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+def distribute(network: nn.Module) -> nn.Module:
+    """The same network; its gradients come out of backward() as means over all processes."""
+    return DistributedDataParallel(network) if processes() > 1 else network
+
+
+def mean_over_processes(values: dict[str, Tensor]) -> dict[str, float]:
+    together = torch.stack([value.float() for value in values.values()])
+    if processes() > 1:
+        dist.all_reduce(together)
+    return dict(zip(values, (together / processes()).tolist()))
+
+
+def say(line: str) -> None:
+    if rank() == 0:
+        tqdm.write(line)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop of every job
+
+
+class Plan:
+    """Which items each step takes: all of them once an epoch, in a new order, one epoch after the other, cut into full
+    batches.  The last `long_epochs` have batches an eighth as large."""
+
+    def __init__(self, items: int, settings: Settings, run: Run):
+        self.items, self.settings, self.run = items, settings, run
+        self.long_batch = max(1, settings.batch // 8)
+        self.first_long = items * max(0, settings.epochs - settings.long_epochs)
+        self.short_steps = self.first_long // settings.batch
+        long_steps = items * min(settings.long_epochs, settings.epochs) // self.long_batch
+        self.steps = max(1, self.short_steps + long_steps)
+        for batch in (settings.batch, self.long_batch) if settings.long_epochs else (settings.batch,):
+            if batch % (processes() * run.accumulate):
+                raise ValueError(f"a batch of {batch} can't be shared by {processes()} processes in {run.accumulate} "
+                                 f"equal parts each; choose another --batch or --accumulate")
+
+    def position(self, step: int) -> tuple[int, int]:
+        """How many items come before a step, and how many it takes."""
+        if self.settings.long_epochs and step >= self.short_steps:
+            return self.first_long + (step - self.short_steps) * self.long_batch, self.long_batch
+        return step * self.settings.batch, self.settings.batch
+
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """The (epoch, item) of each item."""
+        first, size = self.position(step)
+        return [(i // self.items, int(shuffled(self.items, self.run.seed, i // self.items)[i % self.items]))
+                for i in range(first, first + size)]
+
+    def parts(self, step: int) -> Iterator[list[tuple[int, int]]]:
+        """This process's share of the batches from `step` on, each in `accumulate` parts."""
+        for step in range(step, self.steps):
+            batch = self.batch(step)
+            size = len(batch) // (processes() * self.run.accumulate)
+            for part in range(self.run.accumulate):
+                first = (part * processes() + rank()) * size
+                yield batch[first:first + size]
+
+    def validates(self, step: int) -> bool:
+        """Whether validation is due after so many steps."""
+        before, after = (self.position(s)[0] // self.items // self.settings.validate_every for s in (step - 1, step))
+        return step == self.steps or after > before
+
+
+@lru_cache(maxsize=2)
+def shuffled(items: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(items)
 
 
 class Ema:
@@ -121,99 +261,163 @@ class Ema:
             average.lerp_(operator.attrgetter(name)(network), 1 - decay)
 
 
-def ignore_interrupt(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is the main process's to handle
+def descend(network: nn.Module, optimizer: torch.optim.Optimizer, parts: list, losses_of) -> dict[str, Tensor]:
+    """One step of gradient descent on the mean of losses_of(part)["loss"], the gradient clipped.
 
-
-class Crops(Dataset):
-    """Random crops of `frames` mel frames as waves (frames * hop,), each from (seed, epoch, item)."""
-
-    def __init__(self, run: Run, items: list[tuple[Clip, int]], settings: Settings):
-        self.run, self.items, self.settings = run, items, settings
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, i = key
-        clip, rate = self.items[i]
-        seconds = self.settings.frames * (8 if self.long(epoch) else 1) / FRAMES_PER_SECOND
-        latest = max(0.0, clip.samples / clip.rate - seconds)
-        start = np.random.default_rng((self.run.seed, epoch, i)).uniform(0, latest)
-        return clip.read(rate, start, seconds), rate
-
-    def long(self, epoch: int) -> bool:
-        """Norms and attention of the VAE see the whole crop.  Short crops make many cheap steps, but with them alone
-        it fails on whole clips."""
-        return epoch >= self.settings.epochs - self.settings.long_epochs
-
-    def batches(self, epoch: int, collate) -> DataLoader:
-        """All items once, shuffled; `collate` makes a batch from a list of (wave, rate)."""
-        batch = max(1, self.settings.batch // 8) if self.long(epoch) else self.settings.batch
-        keys = [[(epoch, i) for i in chosen] for chosen in shuffled(len(self.items), batch, self.run.seed, epoch)]
-        return DataLoader(self, batch_sampler=keys, num_workers=self.run.workers, collate_fn=collate,
-                          worker_init_fn=ignore_interrupt)
-
-
-def shuffled(items: int, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The indices 0 to items - 1 in random order, cut into batches."""
-    order = np.random.default_rng((seed, epoch)).permutation(items)
-    return [order[i:i + batch] for i in range(0, items, batch)]
-
-
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One step of gradient descent, the gradient clipped."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP_NORM)
-    optimizer.step()
-
-
-def fit(job, run: Run) -> None:
-    """The loop of every job: steps, validation, the best weights kept, a progress bar, a log of losses.
-
-    job: name, settings, optimizers; batches(epoch) of known length; step(batch, noise) and validate(), each -> losses
-    by name with "loss" among them; save(), which writes the weights that validate judged.
+    network: what `distribute` returned.  Returns the means over the parts, and the gradient's norm.
     """
-    interrupted = False
+    optimizer.zero_grad(set_to_none=True)
+    total = Counter()
+    for i, part in enumerate(parts):
+        later = processes() > 1 and i + 1 < len(parts)   # processes exchange gradients with the last part
+        with network.no_sync() if later else nullcontext():
+            losses = losses_of(part)
+            (losses["loss"] / len(parts)).backward()
+        for name, value in losses.items():
+            total[name] += value.detach() / len(parts)
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP_NORM)
+    optimizer.step()
+    return dict(total) | {"gradient_norm": norm}
 
-    def interrupt(*_) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)              # workers that shut down can swallow the exception
-    settings = job.settings
-    total = sum(len(job.batches(epoch)) for epoch in range(settings.epochs))
-    step, best = 0, math.inf
-    with (open(run.folder / f"{job.name}.csv", "w", newline="", buffering=1) as file,
-          tqdm(total=total, desc=job.name) as bar):
+@contextmanager
+def stop_when_asked() -> Iterator[Tensor]:
+    """Ctrl-C and SIGTERM set the tensor that this yields, for the loop to end after its step; a second one ends it."""
+    asked = torch.zeros(())
+
+    def ask(*_) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.fill_(1)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def read_state(path: Path, identity: dict[str, str]) -> dict | None:
+    """The state that a run of this identity left, if there is one.  Raises ValueError if it was another run's."""
+    if not path.is_file():
+        return None
+    try:
+        state = weights.read_pytorch(path)
+        different = [name for name, value in identity.items() if state["identity"][name] != value]
+    except Exception as error:
+        raise ValueError(f"{path}: damaged ({weights.first_line(error)}); begin anew with --overwrite") from None
+    if different:
+        raise ValueError(f"{path} is of a run with other values of: {', '.join(different)}; repeat its command to go "
+                         f"on, name another --checkpoint, or begin anew with --overwrite")
+    return state
+
+
+def fit(name: str, make_job, settings: Settings, run: Run) -> None:
+    """The loop of every job: steps, validation, the best weights kept, a state to go on from, a log of losses.
+
+    make_job(run, settings) -> a job: data, with `items`, and collate; network; ema; optimizers; step(parts) and
+    validate(), each -> losses by name with "loss" among them; save(), which writes the weights that validate judged;
+    kept, the parts of its state by name; identity, what else they depend on.
+    """
+    state_path, log_path = run.folder / f"{name}_state.pt", run.folder / f"{name}.csv"
+    identity = run.identity(settings)
+    state = read_state(state_path, identity)
+    if state and not state["kept"]:
+        say(f"{name} is trained already, {state['step']} steps; --overwrite trains it anew")
+        return
+    torch.manual_seed(run.seed)                          # the network's first weights
+    job = make_job(run, settings)
+    identity |= job.identity
+    state = read_state(state_path, identity)
+    step, best, log_bytes = 0, math.inf, 0
+    if state:
+        step, best, log_bytes = state["step"], state["best"], state["log_bytes"]
+        for key, part in job.kept.items():
+            part.load_state_dict(state["kept"][key])
+        say(f"{name} goes on from step {step}")
+    plan = Plan(len(job.data.items), settings, run)
+
+    def save_state() -> float:
+        kept = {key: part.state_dict() for key, part in job.kept.items()} if step < plan.steps else {}
+        weights.save({"identity": identity, "step": step, "best": best, "log_bytes": log_path.stat().st_size,
+                      "kept": kept}, state_path)
+        return time.monotonic()
+
+    barrier()                                            # all have read the state before it is written again
+    with (open_log(log_path, log_bytes) as file, stop_when_asked() as asked,
+          tqdm(total=plan.steps, initial=step, desc=name, disable=rank() > 0) as bar):
         log = csv.writer(file)
-        log.writerow(["step", "name", "value"])
-        for epoch in range(settings.epochs):
-            for batch in job.batches(epoch):
-                for optimizer in job.optimizers:
-                    optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / total)
-                losses = job.step(batch, torch.Generator().manual_seed(run.seed * 2 ** 32 + step))
-                loss = float(losses["loss"])
-                if not math.isfinite(loss):
-                    raise ValueError(f"the loss of {job.name} is {loss} at step {step}; what was saved before is kept; "
-                                     f"a lower --lr may help")
-                if interrupted:
-                    raise KeyboardInterrupt
-                job.ema.update(job.network, step)
-                step += 1
-                if step % LOG_EVERY == 0:
-                    log.writerows([step, f"train_{name}", f"{float(value):.6f}"] for name, value in losses.items())
-                bar.set_postfix(loss=f"{loss:.3f}", best=f"{best:.4f}", refresh=False)
-                bar.update()
-            if (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs:
-                with torch.inference_mode():
-                    losses = {name: float(value) for name, value in job.validate().items()}
-                log.writerows([step, f"val_{name}", f"{value:.6f}"] for name, value in losses.items())
-                bar.write(f"{job.name} step {step}, validation: "
-                          + ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
-                if losses["loss"] < best:
-                    best = losses["loss"]
-                    bar.set_postfix(loss=f"{loss:.3f}", best=f"{best:.4f}")
-                    job.save()
+        saved = save_state() if rank() == 0 else 0.0     # at step 0 too: the same start, however soon it is stopped
+        loader = iter(run.data_loader(job.data, batch_sampler=plan.parts(step), collate_fn=job.collate))
+        while step < plan.steps:
+            for optimizer in job.optimizers:
+                optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / plan.steps)
+            losses = job.step([next(loader) for _ in range(run.accumulate)])
+            losses = mean_over_processes(losses | {"stop": asked.to(run.device)})
+            stop = losses.pop("stop") > 0
+            if not all(map(math.isfinite, losses.values())):
+                raise ValueError(
+                    f"{name}, step {step}: " + ", ".join(f"{key} is {value}" for key, value in losses.items())
+                    + "; what was saved before is kept; a lower --lr may help; the batch was "
+                    + ", ".join(str(job.data.items[i][0].path) for _, i in plan.batch(step)))
+            job.ema.update(job.network, step)
+            step += 1
+            if step % LOG_EVERY == 0:
+                log.writerows([step, f"train_{key}", f"{value:.6f}"] for key, value in losses.items())
+            bar.set_postfix(loss=f"{losses['loss']:.3f}", best=f"{best:.4f}", refresh=False)
+            bar.update()
+
+            if rank() == 0:
+                validated = plan.validates(step)
+                if validated:
+                    with torch.inference_mode():
+                        losses = job.validate()
+                    log.writerows([step, f"val_{key}", f"{value:.6f}"] for key, value in losses.items())
+                    say(f"{name} step {step}, validation: "
+                        + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+                    if losses["loss"] < best:
+                        best = losses["loss"]
+                        job.save()
+                    if run.plot:
+                        draw_losses(log_path)
+                if validated or stop or time.monotonic() - saved > 60 * run.save_minutes:
+                    saved = save_state()
+            if stop:
+                raise KeyboardInterrupt
+
+
+def open_log(path: Path, size: int):
+    """The file of losses, cut back to `size` bytes: what came after them comes again.  Only rank 0 keeps one."""
+    if rank() > 0:
+        return open(os.devnull, "w")
+    path.touch()
+    os.truncate(path, min(size, path.stat().st_size))
+    file = open(path, "a", newline="", buffering=1)
+    if size == 0:
+        file.write("step,name,value\n")
+    return file
+
+
+def draw_losses(path: Path) -> None:
+    """The losses of a JOB.csv as JOB.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            curves.setdefault(row["name"], []).append((int(row["step"]), float(row["value"])))
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    for axes, kind in zip(panels, ("train", "val")):
+        for name, points in curves.items():
+            if name.startswith(kind):
+                axes.plot(*zip(*points), marker="." if kind == "val" else "", label=name.removeprefix(f"{kind}_"))
+        axes.set(title=f"{path.stem}, {kind}", xlabel="step", yscale="log")
+        axes.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=100)
+    pyplot.close(figure)
 
 
 def mean_by_rate(losses: dict[int, list[float]]) -> dict[str, float]:
@@ -222,38 +426,65 @@ def mean_by_rate(losses: dict[int, list[float]]) -> dict[str, float]:
     return {"loss": sum(rates.values()) / len(rates)} | rates
 
 
+class Crops(Dataset):
+    """Random crops as waves (frames * hop,), each from (seed, epoch, item)."""
+
+    def __init__(self, run: Run, items: list[tuple[Clip, int]], settings: Settings):
+        self.seed, self.items, self.settings = run.seed, items, settings
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        epoch, i = key
+        clip, rate = self.items[i]
+        # Norms and attention of the VAE see the whole crop.  Short crops make many cheap steps, but with them alone it
+        # fails on whole clips, so its last epochs have long ones.
+        long = 0 < self.settings.epochs - epoch <= self.settings.long_epochs
+        seconds = self.settings.frames * (8 if long else 1) / FRAMES_PER_SECOND
+        latest = max(0.0, clip.samples / clip.rate - seconds)
+        start = np.random.default_rng((self.seed, epoch, i)).uniform(0, latest)
+        return clip.read(rate, start, seconds)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The VAE: L1 + KL on mels of all rates
 
 
+class MelCrops(Crops):
+    """Random crops as log-mels (frames, 64), each with the noise (8, frames / 4, 16) for its latent."""
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        rate = self.items[key[1]][1]
+        mel = mel_spectrogram(super().__getitem__(key)[None], rate)[0]
+        random = np.random.default_rng((self.seed, *key, 1))
+        eps = random.standard_normal((VAE.LATENT, len(mel) // 4, RATES[rate].n_mels // 4), np.float32)
+        return mel, torch.from_numpy(eps)
+
+
 class TrainVAE:
-    name = "vae"
+    collate = None
+    identity = {}
 
     def __init__(self, run: Run, settings: Settings):
-        self.run, self.settings = run, settings
-        self.network = SRCgAudio.load_vae(run.folder) if run.start else VAE(**run.config.vae)
+        self.run = run
+        start = run.starts_from("vae.pt")
+        self.network = SRCgAudio.load_vae(start) if start else VAE(**run.config.vae)
         self.network.to(run.device, memory_format=torch.channels_last).train()
         self.ema = Ema(self.network)
-        self.optimizers = [torch.optim.AdamW(self.network.parameters(), settings.lr)]
-        self.crops = Crops(run, run.items(run.train), settings)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), settings.lr)
+        self.optimizers = [self.optimizer]
+        self.kept = {"network": self.network, "ema": self.ema.network, "optimizer": self.optimizer}
+        self.distributed = distribute(self.network)
+        self.data = MelCrops(run, run.items(run.train), settings)
         self.val_items = run.items(run.val)
 
-    @staticmethod
-    def collate(items: list[tuple[Tensor, int]]) -> Tensor:
-        return torch.cat([mel_spectrogram(wave[None], rate) for wave, rate in items])        # (B, frames, 64)
+    def step(self, parts: list) -> dict[str, Tensor]:
+        return descend(self.distributed, self.optimizer, parts, self.losses)
 
-    def batches(self, epoch: int) -> DataLoader:
-        return self.crops.batches(epoch, self.collate)
-
-    def step(self, mel: Tensor, noise: torch.Generator) -> dict[str, Tensor]:
-        mel = mel.to(self.run.device)
+    def losses(self, part: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        mel, eps = (x.to(self.run.device) for x in part)                                     # (B, T, 64), (B, 8, T/4, 16)
         with autocast(self.run.device, self.run.precision):
-            mean, logvar = self.network.encode(mel)                                          # (B, 8, T/4, 16) each
-            eps = torch.randn(mean.shape, generator=noise).to(mean)
-            decoded = self.network.decode(sample_posterior(mean, logvar, eps))               # (B, T, 64)
+            decoded, mean, logvar = self.distributed(mel, eps)
         loss, l1 = vae_loss(mel, decoded, mean, logvar, KL_WEIGHT)
-        descend(loss, self.optimizers[0])
-        return {"loss": loss.detach(), "l1": l1.detach()}
+        return {"loss": loss, "l1": l1}
 
     def validate(self) -> dict[str, float]:
         """Log-mel L1 of encoding and decoding; also sets the scale factor."""
@@ -277,12 +508,14 @@ class TrainVAE:
 
 
 class TrainVocoder:
-    def __init__(self, run: Run, settings: Settings, rate: int):
-        self.run, self.settings, self.rate = run, settings, rate
-        self.name = f"vocoder_{rate}"
+    collate = None
+    identity = {}
+
+    def __init__(self, rate: int, run: Run, settings: Settings):
+        self.run, self.rate = run, rate
         plain = Generator(strides=STRIDES[rate], **run.config.vocoder)
         initialize(plain)
-        self.discriminators = discriminators(*settings.discriminators).to(run.device)
+        self.discriminators = Discriminators(*settings.discriminators).to(run.device)
         if run.start:
             self.start_from_nearest(plain)
         self.ema = Ema(plain.to(run.device))             # plain weights: what is saved needs no weight norm
@@ -292,46 +525,50 @@ class TrainVocoder:
                 weight_norm(module)
         self.optimizers = [torch.optim.AdamW(network.parameters(), settings.lr, betas=(0.8, 0.99))
                            for network in (self.network, self.discriminators)]
-        self.crops = Crops(run, run.items(run.train, [rate]), settings)
+        self.kept = {"network": self.network, "ema": self.ema.network, "discriminators": self.discriminators,
+                     "optimizer": self.optimizers[0], "optimizer_d": self.optimizers[1]}
+        self.distributed, self.distributed_d = distribute(self.network), distribute(self.discriminators)
+        self.data = Crops(run, run.items(run.train, [rate]), settings)
         self.val_items = run.items(run.val, [rate])
 
     def start_from_nearest(self, generator: Generator) -> None:
-        """Start from this rate's vocoder in the checkpoint, or from the one of the nearest rate there."""
-        there = [rate for rate in RATES if (self.run.folder / f"vocoder_{rate}.pt").is_file()]
+        """Start from this rate's vocoder, or from the one of the nearest rate, and from its discriminators: all rates
+        have tensors of the same shapes.  Those trained in this folder count too."""
+        there = {rate: folder for folder in (self.run.folder, self.run.start) for rate in RATES
+                 if (folder / f"vocoder_{rate}.pt").is_file()}
         if not there:
-            raise ValueError(f"{self.run.folder}: no vocoder to start from")
+            raise ValueError(f"{self.run.start}: no vocoder to start from")
         nearest = min(there, key=lambda rate: abs(rate - self.rate))
-        path = self.run.folder / f"vocoder_{nearest}.pt"
+        path = there[nearest] / f"vocoder_{nearest}.pt"
+        say(f"vocoder_{self.rate} starts from {path}")
         weights.load(generator, weights.read(path), path)
-        path = self.run.folder / f"discriminators_{nearest}.pt"
+        path = there[nearest] / f"discriminators_{nearest}.pt"
         if path.is_file():
             weights.load(self.discriminators, weights.read(path), path)
 
-    @staticmethod
-    def collate(items: list[tuple[Tensor, int]]) -> Tensor:
-        return torch.stack([wave for wave, _ in items])                                      # (B, L)
+    def step(self, parts: list[Tensor]) -> dict[str, Tensor]:
+        judging = descend(self.distributed_d, self.optimizers[1], parts, self.judging_losses)
+        self.discriminators.requires_grad_(False)        # the generator's step needs no gradients of theirs
+        losses = descend(self.distributed, self.optimizers[0], parts, self.generating_losses)
+        self.discriminators.requires_grad_(True)
+        return losses | {"discriminators": judging["loss"], "gradient_norm_d": judging["gradient_norm"]}
 
-    def batches(self, epoch: int) -> DataLoader:
-        return self.crops.batches(epoch, self.collate)
+    def judging_losses(self, wave: Tensor) -> dict[str, Tensor]:
+        wave = wave.to(self.run.device)                                                      # (B, L)
+        with autocast(self.run.device, self.run.precision):
+            with torch.no_grad():
+                generated = self.network(mel_spectrogram(wave, self.rate))                   # (B, L)
+            real, false = self.distributed_d(wave, generated)
+            return {"loss": discriminator_loss(real, false)}
 
-    def judge(self, wave: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
-        return self.discriminators["mpd"](wave) + self.discriminators["msd"](wave)
-
-    def step(self, wave: Tensor, noise: torch.Generator) -> dict[str, Tensor]:
+    def generating_losses(self, wave: Tensor) -> dict[str, Tensor]:
         wave = wave.to(self.run.device)                                                      # (B, L)
         mel = mel_spectrogram(wave, self.rate)                                               # (B, L / hop, 64)
         with autocast(self.run.device, self.run.precision):
-            generated = self.network(mel)                                                    # (B, L)
-            loss_d = discriminator_loss(self.judge(wave), self.judge(generated.detach()))
-        descend(loss_d, self.optimizers[1])
-
+            generated = self.distributed(mel)                                                # (B, L)
+            real, false = self.discriminators(wave, generated)
         mel_generated = mel_spectrogram(generated, self.rate)
-        self.discriminators.requires_grad_(False)        # the generator's step needs no gradients of theirs
-        with autocast(self.run.device, self.run.precision):
-            loss = generator_loss(self.judge(wave), self.judge(generated), mel, mel_generated)
-        descend(loss, self.optimizers[0])
-        self.discriminators.requires_grad_(True)
-        return {"loss": loss.detach(), "mel": mel_loss(mel, mel_generated).detach(), "discriminators": loss_d.detach()}
+        return {"loss": generator_loss(real, false, mel, mel_generated), "mel": mel_loss(mel, mel_generated)}
 
     def validate(self) -> dict[str, float]:
         """Log-mel L1 of copy-synthesis: real wave -> mel -> vocoder -> mel."""
@@ -362,8 +599,75 @@ def train_tokenizer(captions: list[str], vocabulary: int) -> sentencepiece.Sente
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
+class WholeClips(Dataset):
+    """The log-mels (T, 64) of whole items, cut or filled with silence to the model's length."""
+
+    def __init__(self, items: list[tuple[Clip, int]], seconds: float):
+        self.items, self.seconds = items, seconds
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Tensor:
+        clip, rate = self.items[i]
+        return mel_spectrogram(clip.read(rate, 0, self.seconds)[None], rate)[0]
+
+
+class Latents(Dataset):
+    """What Eq. (3) takes of each item: z_0 (8, T/4, 16), eps, t, rate, and psi (N, d) of its caption, or the caption's
+    token ids (N,) where the text encoder is trained along.
+
+    All that is random comes from (seed, epoch, item).  times: of the items, fixed, for validation, where no caption is
+    emptied.
+    """
+
+    def __init__(self, run: Run, items: list[tuple[Clip, int]], places: np.ndarray, texts: dict, scale_factor: float,
+                 times: Tensor | None = None):
+        self.seed, self.arrays, self.seconds = run.seed, run.cache.arrays, run.config.seconds
+        self.items, self.places, self.texts, self.scale_factor, self.times = items, places, texts, scale_factor, times
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int, int, Tensor]:
+        epoch, i = key
+        clip, rate = self.items[i]
+        random = np.random.default_rng((self.seed, epoch, i))
+        shape = (VAE.LATENT, -1, RATES[rate].n_mels // 4)
+        mean, logvar = (part.view(shape) for part in read_array(self.arrays, self.places[i]).chunk(2))
+        noise = torch.from_numpy(random.standard_normal((2, *mean.shape), np.float32))
+        z_0 = self.scale_factor * sample_posterior(mean, logvar, noise[0])
+        if self.times is None:
+            t = int(random.integers(NoiseSchedule().T))                                      # t ~ Uniform(1, T)
+            caption = "" if random.random() < NULL_CAPTIONS else clip.caption
+        else:
+            t, caption = int(self.times[i]), clip.caption
+        text = self.texts[caption]
+        if isinstance(text, tuple):
+            text = read_array(self.arrays, text[:2]).view(-1, text[2])
+        return z_0, noise[1], t, rate, text
+
+    @staticmethod
+    def collate(batch: list) -> tuple[Tensor, ...]:
+        """-> z_0, eps (B, 8, T/4, 16), t, rate (B,), text (B, N, d) or (B, N), text_mask (B, N)."""
+        z_0, eps, t, rate, texts = zip(*batch)
+        mask = pad_sequence([torch.ones(len(text), dtype=torch.bool) for text in texts], batch_first=True)
+        return (torch.stack(z_0), torch.stack(eps), torch.tensor(t), torch.tensor(rate),
+                pad_sequence(texts, batch_first=True), mask)
+
+
+class Denoiser(nn.Module):
+    """What the LDM's job trains: the U-Net and, if it is trained along, the text encoder."""
+
+    def __init__(self, unet: UNet, text_encoder: TextEncoder | None):
+        super().__init__()
+        self.unet, self.text_encoder, self.schedule = unet, text_encoder, NoiseSchedule()
+
+    def forward(self, z_0: Tensor, eps: Tensor, t: Tensor, rate: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Eq. (3) for each item of a batch, (B,), from what `Latents.collate` gives."""
+        psi = text if self.text_encoder is None else self.text_encoder(text, text_mask)      # (B, N, d)
+        return diffusion_loss(self.unet, self.schedule, z_0, rate, psi, text_mask, t, eps)
+
+
 class TrainLDM:
-    name = "ldm"
+    collate = staticmethod(Latents.collate)
 
     def __init__(self, run: Run, settings: Settings):
         self.run, self.settings = run, settings
@@ -371,110 +675,129 @@ class TrainLDM:
         if not (folder / "vae.pt").is_file():
             raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
         vae = SRCgAudio.load_vae(folder).to(run.device)
-        if run.start or isinstance(config.text_encoder, str):
-            self.text_encoder = SRCgAudio.load_text_encoder(folder)
-        else:
-            self.text_encoder = TextEncoder(**config.text_encoder)
-            self.text_encoder.initialize(torch.Generator().manual_seed(run.seed))
-            self.text_encoder.tokenizer = train_tokenizer(sorted({clip.caption for clip in run.train}),
-                                                          config.text_encoder["vocabulary"])
-        unet = SRCgAudio.load_unet(folder) if run.start else UNet(**config.unet)
+        self.text_encoder = self.make_text_encoder().to(run.device).requires_grad_(run.train_text_encoder)
+        start = run.starts_from("unet.pt")
+        unet = SRCgAudio.load_unet(start) if start else UNet(**config.unet)
         width = self.text_encoder.embedding.weight.shape[1]
         if width != unet.context_width:
             raise ValueError(f"the text encoder's width is {width}, the U-Net's context_width {unet.context_width}; "
                              f"make them equal in {folder / 'config.json'}")
 
-        # What is trained: the U-Net, and the text encoder if it is trained along
-        self.network = nn.ModuleDict({"unet": unet}).to(run.device, memory_format=torch.channels_last).train()
-        self.text_encoder.to(run.device).requires_grad_(run.train_text_encoder)
-        if run.train_text_encoder:
-            self.network["text_encoder"] = self.text_encoder
+        self.network = Denoiser(unet, self.text_encoder if run.train_text_encoder else None)
+        self.network.to(run.device, memory_format=torch.channels_last).train()
         self.ema = Ema(self.network)
-        self.optimizers = [torch.optim.AdamW(self.network.parameters(), settings.lr)]
-        self.schedule = NoiseSchedule()
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), settings.lr)
+        self.optimizers = [self.optimizer]
+        self.kept = {"network": self.network, "ema": self.ema.network, "optimizer": self.optimizer}
+        if run.activation_checkpointing:                 # after the EMA's copy, which needs none
+            for module in unet.modules():
+                if isinstance(module, (ResBlock, Transformer)):
+                    module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        self.distributed = distribute(self.network)
 
-        self.train_items, self.val_items = run.items(run.train), run.items(run.val)
-        self.train_latents = self.encode_clips(vae, self.train_items, "latents")
-        self.val_latents = self.encode_clips(vae, self.val_items, "validation latents")
-        self.scale_factor = vae.scale_factor
+        # The frozen parts run once.  What they made is found again by what they made it from.
+        vae_digest, text_digest = network_digest(vae), network_digest(self.text_encoder)
+        self.identity = {"the VAE": vae_digest.hex(), "the text encoder": "" if run.train_text_encoder
+                         else text_digest.hex()}
         captions = sorted({clip.caption for clip in run.train + run.val} | {""})
-        self.psi = {} if run.train_text_encoder else self.encode_captions(captions)
+        if run.train_text_encoder:
+            texts = {caption: self.text_encoder.tokenize([caption])[0][0] for caption in captions}
+        else:
+            places = self.cached(captions, [digest("psi", text_digest, run.precision, caption) for caption in captions],
+                                 lambda captions: captions, self.encode_caption, "captions")
+            texts = {caption: (int(start), int(size), width) for caption, (start, size) in zip(captions, places)}
+        train, val = run.items(run.train), run.items(run.val)
+        files = {clip.path: file_digest(clip.path) for clip, _ in train + val}
+        keys = [digest("latent", vae_digest, run.precision, config.seconds, rate, files[clip.path])
+                for clip, rate in train + val]
+        places = self.cached(train + val, keys,
+                             lambda items: run.data_loader(WholeClips(items, config.seconds), batch_size=None),
+                             partial(self.encode_mel, vae), "latents")
+        scale_factor = vae.scale_factor.item()
+        self.data = Latents(run, train, places[:len(train)], texts, scale_factor)
+        self.val_data = Latents(run, val, places[len(train):], texts, scale_factor, even_times(val, run.rates))
 
-    @torch.inference_mode()
-    def encode_clips(self, vae: VAE, items: list[tuple[Clip, int]], title: str) -> Tensor:
-        """Mean and logvar of each item, (items, 2, 8, T/4, 16) in half precision: the frozen VAE runs once."""
-        latents = []
-        for clip, rate in tqdm(items, title, leave=False):
-            mel = mel_spectrogram(clip.read(rate, 0, self.run.config.seconds)[None], rate)    # (1, T, 64)
-            with autocast(self.run.device, self.run.precision):
-                mean, logvar = vae.encode(mel.to(self.run.device))
-            latents.append(torch.stack([mean, logvar], dim=1).half().cpu())
-        return torch.cat(latents)
+    def make_text_encoder(self) -> TextEncoder:
+        """A FLAN-T5; or the small encoder of the checkpoint to start from; or a new one with a tokenizer of its own."""
+        run, config = self.run, self.run.config
+        if isinstance(config.text_encoder, str):
+            return SRCgAudio.load_text_encoder(run.folder)
+        start = run.starts_from("text_encoder.pt")
+        if start:
+            return SRCgAudio.load_text_encoder(start)
+        encoder = TextEncoder(**config.text_encoder)
+        encoder.initialize(torch.Generator().manual_seed(run.seed))
+        encoder.tokenizer = train_tokenizer(sorted({clip.caption for clip in run.train}),
+                                            config.text_encoder["vocabulary"])
+        return encoder
 
-    @torch.inference_mode()
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        """psi of each caption, (N, d) without padding: the frozen text encoder runs once."""
-        psi = {}
-        for caption in tqdm(captions, "captions", leave=False):
-            with autocast(self.run.device, self.run.precision):
-                psi[caption] = self.text_encoder.encode([caption])[0][0]
-        return psi
+    def cached(self, items: list, keys: list[bytes], load, compute, title: str) -> np.ndarray:
+        """Where the cache has each item's array, (items, 2): start and size.  What it lacks is computed first."""
+        cache, new = self.run.cache, {}
+        with main_process_first(), torch.inference_mode():
+            missing = {key: item for key, item in zip(keys, items) if cache.find(key) is None}
+            for key, loaded in zip(missing, tqdm(load(list(missing.values())), title, len(missing), leave=False,
+                                                 disable=not missing)):
+                with autocast(self.run.device, self.run.precision):
+                    new[key] = compute(loaded).float().cpu().numpy()
+                if len(new) == 64:
+                    cache.add(new)
+                    new = {}
+            cache.add(new)
+        return np.array([cache.find(key) for key in keys])
 
-    def text(self, captions: list[str], text_encoder: TextEncoder) -> tuple[Tensor, Tensor]:
-        """psi (B, N, d) and mask (B, N) of a batch."""
-        if self.run.train_text_encoder:
-            return text_encoder.encode(captions)
-        rows = [self.psi[caption] for caption in captions]
-        mask = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows]
-        return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)
+    def encode_mel(self, vae: VAE, mel: Tensor) -> Tensor:
+        mean, logvar = vae.encode(mel[None].to(self.run.device))
+        return torch.cat([mean, logvar])                                                     # (2, 8, T/4, 16)
 
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        return shuffled(len(self.train_items), self.settings.batch, self.run.seed, epoch)
+    def encode_caption(self, caption: str) -> Tensor:
+        return self.text_encoder.encode([caption])[0][0]                                     # (N, d)
 
-    def losses(self, network: nn.ModuleDict, latents: Tensor, items: list[tuple[Clip, int]], captions: list[str],
-               t: Tensor, noise: torch.Generator) -> Tensor:
-        """Eq. (3) for each item of a batch, (B,).  latents: (B, 2, 8, T/4, 16) mean and logvar.  t: (B,)."""
-        device = self.run.device
-        mean, logvar = latents.float().unbind(dim=1)                                         # (B, 8, T/4, 16)
-        z_0 = self.scale_factor.cpu() * sample_posterior(mean, logvar, torch.randn(mean.shape, generator=noise))
-        eps = torch.randn(z_0.shape, generator=noise)
-        rate = torch.tensor([rate for _, rate in items])
-        with autocast(device, self.run.precision):
-            text, text_mask = self.text(captions, network["text_encoder"] if self.run.train_text_encoder else None)
-            return diffusion_loss(network["unet"], self.schedule, z_0.to(device), rate.to(device), text, text_mask,
-                                  t.to(device), eps.to(device))
+    def step(self, parts: list) -> dict[str, Tensor]:
+        return descend(self.distributed, self.optimizer, parts, self.losses)
 
-    def step(self, batch: np.ndarray, noise: torch.Generator) -> dict[str, Tensor]:
-        items = [self.train_items[i] for i in batch]
-        t = torch.randint(0, self.schedule.T, (len(batch),), generator=noise)                # t ~ Uniform(1, T)
-        empty = torch.rand(len(batch), generator=noise) < NULL_CAPTIONS
-        captions = ["" if null else clip.caption for (clip, _), null in zip(items, empty)]
-        loss = self.losses(self.network, self.train_latents[batch], items, captions, t, noise).mean()
-        descend(loss, self.optimizers[0])
-        return {"loss": loss.detach()}
+    def losses(self, part: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        part = (x.to(self.run.device, non_blocking=True) for x in part)
+        with autocast(self.run.device, self.run.precision):
+            return {"loss": self.distributed(*part).mean()}
 
     def validate(self) -> dict[str, float]:
         """Eq. (3) with fixed noise, and times spread evenly over the items of each rate."""
         losses = {rate: [] for rate in self.run.rates}
-        for rate in self.run.rates:
-            indices = [i for i, item in enumerate(self.val_items) if item[1] == rate]
-            t = (torch.arange(len(indices)) + 0.5) * self.schedule.T / len(indices)
-            t = t[torch.randperm(len(t), generator=torch.Generator().manual_seed(0))]
-            for k in tqdm(range(0, len(indices), self.settings.batch), "validating", leave=False):
-                chosen = indices[k:k + self.settings.batch]
-                items = [self.val_items[i] for i in chosen]
-                captions = [clip.caption for clip, _ in items]
-                noise = torch.Generator().manual_seed(k)
-                losses[rate] += self.losses(self.ema.network, self.val_latents[chosen], items, captions,
-                                            t[k:k + len(chosen)].long(), noise).tolist()
+        items = range(len(self.val_data.items))
+        for first in tqdm(items[::self.settings.batch], "validating", leave=False):
+            batch = [self.val_data[0, i] for i in items[first:first + self.settings.batch]]
+            with autocast(self.run.device, self.run.precision):
+                values = self.ema.network(*(x.to(self.run.device) for x in Latents.collate(batch)))
+            for (*_, rate, _), value in zip(batch, values.tolist()):
+                losses[rate].append(value)
         return mean_by_rate(losses)
 
     def save(self) -> None:
-        folder = self.run.folder
-        encoder = self.ema.network["text_encoder"] if self.run.train_text_encoder else self.text_encoder
+        encoder = self.ema.network.text_encoder or self.text_encoder
         if isinstance(self.run.config.text_encoder, dict):             # a FLAN-T5 stays in its own folder
-            encoder.save(folder)
-        weights.save(self.ema.network["unet"].state_dict(), folder / "unet.pt")
+            encoder.save(self.run.folder)
+        weights.save(self.ema.network.unet.state_dict(), self.run.folder / "unet.pt")
+
+
+def network_digest(network: nn.Module) -> bytes:
+    """Changes when any weight does, or a text encoder's tokenizer."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, tensor in network.state_dict().items():
+        total.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    if isinstance(network, TextEncoder):
+        total.update(network.tokenizer.serialized_model_proto())
+    return total.digest()
+
+
+def even_times(items: list[tuple[Clip, int]], rates: list[int]) -> Tensor:
+    """A t for each item: those of each rate spread evenly from 0 to T - 1, in random order."""
+    T, times = NoiseSchedule().T, torch.zeros(len(items), dtype=torch.long)
+    for rate in rates:
+        of_rate = torch.tensor([i for i, item in enumerate(items) if item[1] == rate])
+        even = (torch.arange(len(of_rate)) + 0.5) * T / len(of_rate)
+        times[of_rate] = even[torch.randperm(len(even), generator=torch.Generator().manual_seed(0))].long()
+    return times
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,49 +808,69 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train SRC-gAudio's VAE, vocoders and latent diffusion model.")
     add = parser.add_argument
     add("jobs", nargs="+", choices=["vae", "vocoder", "ldm"], help="what to train, in this order")
-    add("--data", required=True, type=Path, help="a CSV with the columns path and caption, or (without ldm) a folder")
-    add("--val-data", type=Path, help="the same for validation; without it every tenth clip is held out")
+    add("--data", required=True, type=Path, nargs="+", action="append", metavar="PATH",
+        help="a caption file (path,caption or as AudioCaps, WavCaps, VGGSound and ESC-50 have them), then the folder "
+             "with its audio if that is elsewhere; or, without ldm, a folder alone; several: --data for each")
+    add("--val-data", type=Path, nargs="+", action="append", metavar="PATH",
+        help="the same for validation; without it every tenth clip is held out")
+    add("--blacklist", type=Path, nargs="+", default=[], metavar="FILE", help="WavCaps' lists of test clips to leave out")
     add("--checkpoint", required=True, type=Path, metavar="FOLDER", help="where the weights go")
     add("--preset", choices=list(PRESETS), help="sizes and settings (default: those of the checkpoint, else small)")
     add("--rates", type=int, nargs="+", default=list(RATES), metavar="HZ", help="sampling rates (default: all four)")
+    add("--no-rate-token", action="store_true", help="gAudio: a U-Net for one rate, which it is not told")
     add("--any-rate", action="store_true", help="train clips at rates above their own too, upsampled")
     add("--start-from", type=Path, metavar="FOLDER",
-        help="start from the weights of this checkpoint, copied; a vocoder may start from one of another rate")
+        help="start from the weights of this checkpoint; a vocoder may start from one of another rate")
     add("--flan-t5", type=Path, metavar="FOLDER", help="a FLAN-T5 for the LDM, instead of a small text encoder")
-    add("--train-text-encoder", action="store_true", help="train the text encoder along with the U-Net")
+    add("--train-text-encoder", action="store_true", help="train the small text encoder along with the U-Net")
     add("--epochs", type=int, help="instead of the preset's")
-    add("--batch", type=int, help="instead of the preset's")
+    add("--batch", type=int, help="items of a step, over all processes, instead of the preset's")
     add("--lr", type=float, help="instead of the preset's")
-    add("--overwrite", action="store_true", help="replace weights that are there")
+    add("--accumulate", type=int, default=1, metavar="PARTS", help="take each batch in so many parts, to save memory")
+    add("--activation-checkpointing", action="store_true", help="LDM: compute activations twice, to save memory")
+    add("--save-minutes", type=float, default=10, metavar="M", help="time between states to go on from (default: 10)")
+    add("--cache", type=Path, metavar="FOLDER", help="of latents and text embeddings (default: beside the checkpoint)")
+    add("--plot", action="store_true", help="draw the losses after each validation (takes matplotlib)")
+    add("--overwrite", action="store_true", help="begin anew, where there are weights or a state to go on from")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
-    add("--workers", type=int, default=2, help="processes that read audio (default: 2)")
+    add("--workers", type=int, default=2, help="processes that read data, for each that trains (default: 2)")
     return parser.parse_args()
 
 
-def prepare(args: argparse.Namespace) -> Run:
+def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     """Check everything that can be checked before the first step."""
     for rate in args.rates:
         check_rate(rate)
-    for name in ("epochs", "batch", "lr"):
+    for name in ("epochs", "batch", "lr", "accumulate"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} must be above 0, got {value}")
-    if not 0 <= args.seed < 2 ** 31 or args.workers < 0:
-        raise ValueError("--seed must be from 0 to 2^31 - 1 and --workers at least 0")
+    if not 0 <= args.seed < 2 ** 31 or args.workers < 0 or not args.save_minutes >= 0:
+        raise ValueError("--seed must be from 0 to 2^31 - 1, --workers and --save-minutes at least 0")
+    if args.no_rate_token and len(set(args.rates)) > 1:
+        raise ValueError("--no-rate-token is for one rate; name it with --rates")
+    if args.flan_t5 and args.train_text_encoder:
+        raise ValueError("--train-text-encoder trains the small text encoder; a FLAN-T5 stays as it is")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot draws with matplotlib, which is not installed: pip install matplotlib")
     folder = args.checkpoint
-    outputs = [f"vocoder_{rate}.pt" for rate in args.rates] if "vocoder" in args.jobs else []
-    outputs += [name for job, name in (("vae", "vae.pt"), ("ldm", "unet.pt")) if job in args.jobs]
-    for name in outputs:
-        if (folder / name).exists() and not args.overwrite:
+    outputs = {f"vocoder_{rate}": f"vocoder_{rate}.pt" for rate in args.rates} if "vocoder" in args.jobs else {}
+    outputs |= {job: name for job, name in (("vae", "vae.pt"), ("ldm", "unet.pt")) if job in args.jobs}
+    for job, name in outputs.items():
+        state = folder / f"{job}_state.pt"
+        if args.overwrite and rank() == 0:
+            state.unlink(missing_ok=True)
+        if (folder / name).exists() and not state.exists() and not args.overwrite:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
 
     if args.start_from:
         SRCgAudio.load_config(args.start_from)
         folder.mkdir(parents=True, exist_ok=True)
         for path in args.start_from.iterdir():
-            if path.suffix in (".json", ".model", ".pt") and not (folder / path.name).exists():
+            if (path.suffix in (".json", ".model", ".pt") and not path.name.endswith("_state.pt")
+                    and path.name not in outputs.values() and not (folder / path.name).exists()):
                 shutil.copy(path, folder)
     if (folder / "config.json").exists():
         config = SRCgAudio.load_config(folder)
@@ -540,43 +883,71 @@ def prepare(args: argparse.Namespace) -> Run:
         encoder = TextEncoder.from_pretrained(args.flan_t5)            # fails here rather than after the VAE
         config = replace(config, text_encoder=str(args.flan_t5.resolve()),
                          unet=config.unet | {"context_width": encoder.embedding.weight.shape[1]})
+    if args.no_rate_token:
+        config = replace(config, unet=config.unet | {"tokens": ["time"]})
 
-    device = pick_device(args.device)
-    precision = pick_precision(device, args.precision)
-    captions = "ldm" in args.jobs
-    train = find_clips(args.data, captions)
+    cache = Cache(args.cache or folder.parent / "cache")
+    arguments = dict(cache=cache, captions="ldm" in args.jobs, blacklists=args.blacklist, progress=rank() == 0)
+    train, left_out = find_clips(args.data, **arguments)
     if args.val_data:
-        val = find_clips(args.val_data, captions)
+        val, left_out_of_val = find_clips(args.val_data, split="test", **arguments)
+        left_out += left_out_of_val
     else:
         held_out = set(np.random.default_rng(args.seed).permutation(len(train))[:max(1, len(train) // 10)].tolist())
         val = [clip for i, clip in enumerate(train) if i in held_out]
         train = [clip for i, clip in enumerate(train) if i not in held_out]
         if not train:
-            raise ValueError(f"{args.data}: one clip is too few; validation holds out another")
-    print(f"{len(train)} clips to train on, {sum(c.samples / c.rate for c in train) / 3600:.2f} h; "
-          f"{len(val)} to validate on; {device}, {precision}", flush=True)
-    run = Run(folder, config, train, val, sorted(set(args.rates)), args.any_rate, bool(args.start_from),
-              args.train_text_encoder, args.seed, device, precision, args.workers)
-    run.items(train), run.items(val)
+            raise ValueError(f"{args.data[0][0]}: one clip is too few; validation holds out another")
+    run = Run(folder, config, train, val, sorted(set(args.rates)), args.any_rate, args.start_from,
+              args.train_text_encoder, args.seed, device, pick_precision(device, args.precision), args.workers, cache,
+              args.accumulate, args.activation_checkpointing, args.save_minutes, args.plot)
+    report(run, left_out)
     SRCgAudio.save_config(config, folder)
     return run
 
 
+def report(run: Run, left_out: list[str]) -> None:
+    """Say what there is to train on, and what was left out and why."""
+    for line in left_out[:20]:
+        say(f"left out: {line}")
+    if left_out[20:]:
+        say(f"left out: {len(left_out) - 20} more")
+    for name, clips in (("train", run.train), ("validate", run.val)):
+        files = {clip.path: clip.samples / clip.rate for clip in clips}
+        rates = Counter(rate for _, rate in run.items(clips))
+        say(f"to {name} on: {len(files)} clips, {sum(files.values()) / 3600:.2f} h, "
+            f"{sum(bool(clip.caption) for clip in clips)} captions; "
+            + ", ".join(f"{rates[rate]} at {rate} Hz" for rate in run.rates))
+    reasons = Counter(line.split(": ")[-1] for line in left_out)
+    say(f"left out: {len(left_out)}" + "".join(f"; {n} {reason}" for reason, n in reasons.most_common(5))
+        + f"; {run.device}, {run.precision}, {processes()} process" + "es" * (processes() > 1))
+
+
 def main() -> None:
     args = parse()
-    run = prepare(args)
-    torch.manual_seed(args.seed)                         # the networks' first weights
+    device = pick_device(args.device)
+    if "WORLD_SIZE" in os.environ:                       # torchrun started this process, and others
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        # The others may wait for rank 0 while it fills the cache or validates.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    with main_process_first():
+        run = prepare(args, device)
+    changes = {name: getattr(args, name) for name in ("epochs", "batch", "lr") if getattr(args, name) is not None}
     for job in args.jobs:
-        changes = {name: getattr(args, name) for name in ("epochs", "batch", "lr") if getattr(args, name) is not None}
         settings = replace(SETTINGS[run.config.preset][job], **changes)
         if job == "vae":
-            fit(TrainVAE(run, settings), run)
+            fit("vae", TrainVAE, settings, run)
         elif job == "vocoder":
             for rate in run.rates:
-                fit(TrainVocoder(run, settings, rate), run)
+                fit(f"vocoder_{rate}", partial(TrainVocoder, rate), settings, run)
         else:
-            fit(TrainLDM(run, settings), run)
-    print(f"the checkpoint is {run.folder}")
+            fit("ldm", TrainLDM, settings, run)
+        barrier()                                        # the next job reads what rank 0 has written
+    say(f"the checkpoint is {run.folder}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -215,6 +215,11 @@ class VAE(nn.Module):
         z = z.contiguous(memory_format=torch.channels_last)
         return self.decoder(self.post_quant_conv(z)).float().squeeze(1)
 
+    def forward(self, mel: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What training takes: mel (B, T, 64) and standard normal noise (B, 8, T/4, 16) -> decoded, mean, logvar."""
+        mean, logvar = self.encode(mel)
+        return self.decode(sample_posterior(mean, logvar, eps)), mean, logvar
+
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "VAE":
         """AudioLDM's published VAE: its own `.ckpt`, Tango's `pytorch_model_vae.bin`, or a diffusers `vae/` folder.

@@ -233,20 +233,27 @@ class MultiScaleDiscriminator(nn.Module):
         return judged
 
 
-def discriminators(periods: int = 32, scales: int = 128) -> nn.ModuleDict:
-    """Both, at their widths."""
-    return nn.ModuleDict({"mpd": MultiPeriodDiscriminator(periods), "msd": MultiScaleDiscriminator(scales)})
+class Discriminators(nn.Module):
+    """Both; periods and scales are their widths."""
+
+    def __init__(self, periods: int = 32, scales: int = 128):
+        super().__init__()
+        self.mpd, self.msd = MultiPeriodDiscriminator(periods), MultiScaleDiscriminator(scales)
+
+    def forward(self, *waves: Tensor) -> list[list[tuple[Tensor, Features]]]:
+        """Score and features of each discriminator, for each of the waves (B, L)."""
+        return [self.mpd(wave) + self.msd(wave) for wave in waves]
 
 
-def discriminators_from_pretrained(path: str | Path) -> nn.ModuleDict:
-    """{"mpd": ..., "msd": ...} from HiFi-GAN's `do_*`, whose other tensors are the optimizers'.
+def discriminators_from_pretrained(path: str | Path) -> Discriminators:
+    """The discriminators of HiFi-GAN's `do_*`, whose other tensors are the optimizers'.
 
     Raises ValueError naming the file if it is damaged or holds anything else.
     """
     tensors = {name: tensor for name, tensor in weights.read(path).items() if name.startswith(("mpd.", "msd."))}
     sizes = {"periods": weights.shape_of(tensors, "mpd.discriminators.0.convs.0.bias", 1, path)[0],
              "scales": weights.shape_of(tensors, "msd.discriminators.0.convs.0.bias", 1, path)[0]}
-    return weights.build(discriminators, sizes, tensors, path, DISCRIMINATOR_NAMES).train()
+    return weights.build(Discriminators, sizes, tensors, path, DISCRIMINATOR_NAMES).train()
 
 
 def discriminator_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]]) -> Tensor:

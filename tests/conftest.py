@@ -8,6 +8,7 @@ import torch
 
 import sample
 import train
+from data import Cache, Clip, find_clips
 from srcgaudio import PRESETS, RATES, SRCgAudio, TextEncoder, exit_cleanly
 from unet import UNet
 from vae import VAE
@@ -37,6 +38,17 @@ def untrained(seed: int = 0) -> SRCgAudio:
     encoder.tokenizer = train.train_tokenizer(["a dog barks", "rain falls on a roof", "the sea"], 128)
     vocoders = {rate: Generator(STRIDES[rate], **config.vocoder) for rate in RATES}
     return SRCgAudio(config, encoder, VAE(**config.vae), UNet(**config.unet), vocoders)
+
+
+@pytest.fixture
+def cache(tmp_path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def clips(cache) -> list[Clip]:
+    """The test recordings."""
+    return find_clips([[CAPTIONS]], cache)[0]
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ from unet import DIFFUSERS_NAMES as UNET_NAMES
 from unet import UNet
 from vae import AUDIOLDM_NAMES, VAE
 from vae import DIFFUSERS_NAMES as VAE_NAMES
-from vocoder import DISCRIMINATOR_NAMES, Generator, discriminators, discriminators_from_pretrained
+from vocoder import DISCRIMINATOR_NAMES, Generator, Discriminators, discriminators_from_pretrained
 
 SECONDS, GIBIBYTE = 60, 2 ** 30                          # allowed to one file
 BATCH = 100                                              # files to a child
@@ -67,7 +67,7 @@ LOADERS = {
 def make_samples(folder: Path) -> dict[str, Path]:
     """A small file or folder of each kind, as {kind: path}."""
     torch.manual_seed(0)
-    vae, vocoder, disc = VAE((32, 32, 32), blocks=1), Generator(channels=32), discriminators(1, 8)
+    vae, vocoder, disc = VAE((32, 32, 32), blocks=1), Generator(channels=32), Discriminators(1, 8)
     unet = UNet((32, 32), (1, 1), (True, False), context_width=32, blocks=1)
     encoder = TextEncoder(vocabulary=150, width=32, layers=2, heads=2, head_width=16, ff_width=32)
     tokenizer = train.train_tokenizer(["a dog barks", "rain falls on a roof", "the sea"], 128).serialized_model_proto()

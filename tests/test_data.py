@@ -1,13 +1,22 @@
-"""Reading audio: the resampler, levels and crops, captions, and files that are not what they should be."""
+"""Captioned audio: the resampler, levels and crops, the datasets' formats, the cache, and files that are not what they
+should be.
+"""
+import json
 import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import CAPTIONS
+from conftest import CAPTIONS, HERE
 
-from data import find_clips, inspect, read_audio, resample
+from data import Cache, Clip, digest, file_digest, find_clips, inspect, read_array, read_audio, resample
 
 
 def tone(hz: float, rate: int, seconds: float = 1.0) -> torch.Tensor:
@@ -55,12 +64,12 @@ def test_formats_and_channels(tmp_path, name, tolerance):
 
 def test_a_clip_is_read_with_zero_mean_and_peak_half(tmp_path):
     soundfile.write(tmp_path / "a.wav", (0.1 + 0.3 * tone(440, 16_000)).numpy(), 16_000)
-    wave = inspect(tmp_path / "a.wav", "").read(16_000)
+    wave = Clip(tmp_path / "a.wav", "", *inspect(tmp_path / "a.wav")).read(16_000)
     assert wave.mean().abs() < 1e-4 and wave.abs().max().item() == pytest.approx(0.5, abs=1e-3)
 
 
-def test_a_crop_is_a_part_of_the_whole():
-    clip = find_clips(CAPTIONS)[0]
+def test_a_crop_is_a_part_of_the_whole(clips):
+    clip = clips[0]
     for rate in (16_000, 48_000):
         whole, crop = clip.read(rate), clip.read(rate, 1.5, 0.5)
         assert len(crop) == rate // 2
@@ -68,19 +77,20 @@ def test_a_crop_is_a_part_of_the_whole():
         assert clip.read(rate, 4.9, 0.5)[-rate // 10:].abs().max() == 0        # silence after the end
 
 
-def test_a_clip_reaches_its_own_rate_and_what_is_close():
-    clip = find_clips(CAPTIONS)[0]
+def test_a_clip_reaches_its_own_rate_and_what_is_close(clips):
+    clip = clips[0]
     assert clip.rate == 44_100 and clip.reaches(48_000) and not clip.reaches(50_000)
 
 
-def test_a_csv_and_a_folder_hold_the_same_clips():
-    from_csv, from_folder = find_clips(CAPTIONS), find_clips(CAPTIONS.parent, captions=False)
-    assert len(from_csv) == 20 and sorted(c.path for c in from_csv) == [c.path for c in from_folder]
-    assert from_csv[0].caption == "an infant cries loudly"
+def test_a_csv_and_a_folder_hold_the_same_clips(clips, cache):
+    from_folder, left_out = find_clips([[CAPTIONS.parent]], cache, captions=False)
+    assert len(clips) == 20 and sorted(c.path for c in clips) == [c.path for c in from_folder] and not left_out
+    assert clips[0].caption == "an infant cries loudly"
 
 
 def write(path, samples, rate=16_000):
-    soundfile.write(path, np.asarray(samples, dtype=np.float32), rate, subtype="FLOAT")
+    subtype = "FLOAT" if path.suffix == ".wav" else None
+    soundfile.write(path, np.asarray(samples, dtype=np.float32), rate, subtype)
 
 
 def bad_audio(folder, kind):
@@ -112,27 +122,183 @@ BAD_AUDIO = {"missing": "no such audio file", "empty": "it is empty", "no sample
 def test_bad_audio_is_named(tmp_path, kind, message):
     path = bad_audio(tmp_path, kind)
     with pytest.raises(ValueError, match=message) as raised:
-        inspect(path, "")
+        inspect(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "no column `path`"), ("path,caption\n", "no rows"), ("path,text\na.wav,a dog\n", "no column `caption`"),
-    ("file,caption\na.wav,a dog\n", "no column `path`"), ("path,caption\na.wav,\n", "line 2: a path or a caption"),
-    ("path,caption\na.wav\n", "line 2: a path or a caption"), ("path,caption\nnot_there.wav,a dog\n", "not_there.wav"),
-    ("path,caption\n\xff\xfe", "UTF-8"),
+    ("", "no columns path and caption"), ("path,caption\n", "no clips to use"),
+    ("path,text\na.wav,a dog\n", "no columns path"), ("file,caption\na.wav,a dog\n", "no columns path"),
+    ("path,caption\na.wav,\n", "has no caption in captions.csv"), ("path,caption\na.wav\n", "has no caption"),
+    ("path,caption\nnot_there.wav,a dog\n", "not_there.wav: no such audio file"), ("path,caption\n\xff\xfe", "UTF-8"),
 ])
-def test_bad_captions_are_named(tmp_path, text, message):
+def test_bad_captions_are_named(tmp_path, cache, text, message):
     path = tmp_path / "captions.csv"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
-        find_clips(path)
+        find_clips([[path]], cache)
 
 
-def test_nothing_to_train_on_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no clips in it"):
-        find_clips(tmp_path, captions=False)
-    with pytest.raises(ValueError, match="a folder has no captions"):
-        find_clips(tmp_path)
-    with pytest.raises(ValueError, match="no such CSV or folder"):
-        find_clips(tmp_path / "nothing")
+@pytest.mark.parametrize("sources, captions, message", [
+    (["."], False, "no clips to use"), (["."], True, "a folder has no captions"), (["nothing"], True, "no such caption"),
+    (["a.json", "nothing"], True, "nothing: not a folder"), (["a.json", "."], True, "as WavCaps's files are"),
+    (["b.json", "."], True, "not readable JSON"),
+])
+def test_nothing_to_train_on_is_an_error(tmp_path, cache, sources, captions, message):
+    (tmp_path / "a.json").write_text('{"data": [{"id": 1}]}')
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(ValueError, match=message):
+        find_clips([[tmp_path / source for source in sources]], cache, captions)
+
+
+# The datasets of Section III-A, as they are published
+
+
+def publish(folder: Path, kind: str) -> tuple[list[Path], set[str]]:
+    """A source in the format of a dataset, three clips of it there and one not; and the captions of the three."""
+    def audio(*names):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write(folder / name, 0.1 * np.random.default_rng(len(name)).standard_normal(8_000))
+
+    if kind == "AudioCaps":
+        audio("clips/r1nicOVtvkQ.wav", "clips/part/YUDGBjjwyaqE.wav", "clips/-0gone00000_30.wav")
+        table = ("audiocap_id,youtube_id,start_time,caption\n91139,r1nicOVtvkQ,130,A woman talks\n"
+                 '58146,UDGBjjwyaqE,20,"Clanging, clanking"\n3,-0gone00000,30,A dog\n4,gone0000000,30,A cat\n')
+        captions = {"A woman talks", "Clanging, clanking", "A dog"}
+    elif kind == "WavCaps":
+        audio("clips/2219.flac", "clips/YvfY_TJq7n_U.flac", "clips/x/99.wav")
+        table = json.dumps({"num_captions_per_audio": 1, "data": [
+            {"id": "2219", "caption": "An airplane is landing.", "duration": 14.14, "audio": "wav_path"},
+            {"id": "YvfY_TJq7n_U.wav", "caption": "Ducks quack.", "duration": 10.0}, {"id": 99, "caption": "Wind."},
+            {"id": "100", "caption": "Rain."}]})
+        captions = {"An airplane is landing.", "Ducks quack.", "Wind."}
+    elif kind == "VGGSound":
+        audio("clips/---g-f_I2yQ_000001.wav", "clips/abcdefghijk_30.wav", "clips/zzzzzzzzzzz.wav",
+              "clips/test0000000.wav")
+        table = ('---g-f_I2yQ,1,people marching,train\nabcdefghijk,30,"dog, barking",train\nzzzzzzzzzzz,5,rain,train\n'
+                 "gone0000000,7,wind,train\ntest0000000,7,thunder,test\n")
+        captions = {"people marching", "dog, barking", "rain"}
+    else:                                                # ESC-50
+        audio("clips/1-100032-A-0.wav", "clips/1-2-A-3.wav", "clips/5-9-B-38.wav")
+        table = ("filename,fold,target,category,esc10,src_file,take\n1-100032-A-0.wav,1,0,dog,True,100032,A\n"
+                 "1-2-A-3.wav,1,3,cow,False,2,A\n5-9-B-38.wav,5,38,water_drops,False,9,B\n"
+                 "5-8-B-1.wav,5,1,cat,False,8,B\n")
+        captions = {"dog", "cow", "water drops"}
+    path = folder / ("captions.json" if kind == "WavCaps" else "captions.csv")
+    path.write_text(table)
+    return [path, folder / "clips"], captions
+
+
+@pytest.mark.parametrize("kind", ["AudioCaps", "WavCaps", "VGGSound", "ESC-50"])
+def test_published_formats(tmp_path, cache, kind):
+    source, captions = publish(tmp_path, kind)
+    for sources in ([source], [source[:1]]):             # the folder given, or above the audio
+        clips, left_out = find_clips(sources, cache)
+        assert {clip.caption for clip in clips} == captions and len({clip.path for clip in clips}) == 3
+        assert len(left_out) == 1 and left_out[0].endswith("no such audio file")
+
+
+def test_vggsounds_test_split(tmp_path, cache):
+    source, _ = publish(tmp_path, "VGGSound")
+    assert [clip.caption for clip in find_clips([source], cache, split="test")[0]] == ["thunder"]
+
+
+def test_several_sources_and_a_blacklist(tmp_path, cache):
+    audiocaps, _ = publish(tmp_path / "a", "AudioCaps")
+    wavcaps, _ = publish(tmp_path / "w", "WavCaps")
+    blacklist = tmp_path / "blacklist_exclude_test_ac.json"
+    blacklist.write_text('{"AudioSet": ["YvfY_TJq7n_U.wav", "Yr1nicOVtvkQ.wav"], "FreeSound": ["99"]}')
+    clips, left_out = find_clips([audiocaps, wavcaps], cache, blacklists=[blacklist])
+    assert {clip.caption for clip in clips} == {"Clanging, clanking", "A dog", "An airplane is landing."}
+    assert sum(line.endswith("on a blacklist of test clips") for line in left_out) == 3
+
+
+def test_files_of_one_name_are_not_guessed(tmp_path, cache):
+    source, _ = publish(tmp_path, "ESC-50")
+    write(tmp_path / "clips" / "1-2-A-3.flac", np.ones(100))
+    clips, left_out = find_clips([source], cache)
+    assert len(clips) == 2 and any("several files have this name" in line for line in left_out)
+
+
+def test_a_bad_recording_is_left_out_and_named_once(tmp_path, cache):
+    write(tmp_path / "good.wav", 0.1 * np.random.default_rng(0).standard_normal(8_000))
+    lines = ["path,caption", "good.wav,a good dog"]
+    for kind in BAD_AUDIO:
+        (tmp_path / kind).mkdir()
+        lines += [f"{bad_audio(tmp_path / kind, kind)},{caption}" for caption in ("a dog", "the same dog")]
+    (tmp_path / "captions.csv").write_text("\n".join(lines))
+    clips, left_out = find_clips([[tmp_path / "captions.csv"]], cache)
+    assert [clip.caption for clip in clips] == ["a good dog"] and len(left_out) == len(BAD_AUDIO)
+    for kind, message in BAD_AUDIO.items():
+        assert sum(str(tmp_path / kind) in line and message in line for line in left_out) == 1
+
+
+# The cache
+
+
+def test_the_cache_finds_what_it_was_given(tmp_path):
+    arrays = {digest("a", i): np.random.default_rng(i).standard_normal((2, 3 + i)) for i in range(5)}
+    cache = Cache(tmp_path / "cache")
+    cache.add(dict(list(arrays.items())[:2]))
+    Cache(tmp_path / "cache").add(dict(list(arrays.items())[2:]))
+    for key, array in arrays.items():
+        found = read_array(cache.arrays, cache.find(key))
+        assert torch.equal(found, torch.from_numpy(array.astype(np.float16).astype(np.float32)).flatten())
+    assert cache.find(digest("a", 5)) is None
+
+
+def test_a_changed_file_has_another_digest(tmp_path):
+    path = tmp_path / "a.wav"
+    digests = {file_digest(path)}
+    for length in (8_000, 8_001):
+        write(path, np.ones(length))
+        digests.add(file_digest(path))
+    os.utime(path, (1, 1))
+    assert len(digests | {file_digest(path)}) == 4
+
+
+def test_facts_are_read_once(tmp_path, cache, monkeypatch):
+    source, _ = publish(tmp_path, "ESC-50")
+    first = find_clips([source], cache)
+    monkeypatch.setattr("data.inspect", None)
+    assert find_clips([source], Cache(cache.folder)) == first
+
+
+def test_what_was_written_halfway_is_written_over(tmp_path):
+    cache = Cache(tmp_path / "cache")
+    cache.add({b"one": np.ones(10)})
+    with open(cache.arrays, "ab") as file:               # a run was killed before its index was written
+        file.write(b"torn" * 3)
+    again = Cache(tmp_path / "cache")
+    again.add({b"two": np.full(5, 2.0)})
+    assert read_array(cache.arrays, again.find(b"one")).tolist() == [1.0] * 10
+    assert read_array(cache.arrays, again.find(b"two")).tolist() == [2.0] * 5
+
+
+@pytest.mark.parametrize("harm", ["index", "arrays"])
+def test_a_damaged_cache_is_named(tmp_path, harm):
+    Cache(tmp_path).add({b"one": np.ones(5_000)})
+    if harm == "index":
+        (tmp_path / "index.sqlite").write_bytes(b"nonsense" * 1000)
+    else:
+        (tmp_path / "arrays.f16").write_bytes(b"")
+    with pytest.raises(ValueError, match="delete the folder"):
+        Cache(tmp_path)
+
+
+def test_a_full_disk_leaves_the_cache_whole(tmp_path):
+    program = ("import sys, numpy; from pathlib import Path\n"
+               "from data import Cache; from srcgaudio import exit_cleanly\n"
+               "cache = Cache(Path(sys.argv[1])); cache.add({b'one': numpy.ones(5000)})\n"
+               "exit_cleanly(lambda: cache.add({b'two': numpy.ones(50000)}))")
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    result = subprocess.run([sys.executable, "-c", program, tmp_path / "cache"], cwd=HERE.parent, capture_output=True,
+                            text=True, preexec_fn=limit)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+    cache = Cache(tmp_path / "cache")
+    assert cache.find(b"two") is None and read_array(cache.arrays, cache.find(b"one")).tolist() == [1.0] * 5000

@@ -25,7 +25,7 @@ from unet import DIFFUSERS_NAMES as UNET_NAMES
 from unet import UNet
 from vae import AUDIOLDM_NAMES, VAE
 from vae import DIFFUSERS_NAMES as VAE_NAMES
-from vocoder import DISCRIMINATOR_NAMES, STRIDES, Generator, discriminators, discriminators_from_pretrained
+from vocoder import DISCRIMINATOR_NAMES, STRIDES, Generator, Discriminators, discriminators_from_pretrained
 
 TOLERANCE = 1e-4                                         # of the reference's largest value
 T5_CONFIG = {"feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32, "layer_norm_epsilon": 1e-6}
@@ -285,7 +285,7 @@ def test_discriminators(tmp_path):
 
 def test_discriminators_have_the_weights_that_their_norms_mean(tmp_path):
     torch.manual_seed(0)
-    published = weights.rename(discriminators(2, 8).state_dict(), DISCRIMINATOR_NAMES, backwards=True)
+    published = weights.rename(Discriminators(2, 8).state_dict(), DISCRIMINATOR_NAMES, backwards=True)
     published = {name: torch.randn_like(tensor) for name, tensor in published.items()}
     for name in published:
         if name.endswith(("weight_u", "weight_v")) and "msd.discriminators.0" in name:
@@ -294,10 +294,10 @@ def test_discriminators_have_the_weights_that_their_norms_mean(tmp_path):
     loaded = discriminators_from_pretrained(tmp_path / "do").eval()
     name = "msd.discriminators.0.convs.1.weight_"         # spectral norm: w / (u^T w v)
     w, u, v = (published[name + part] for part in ("orig", "u", "v"))
-    assert error(loaded["msd"].discriminators[0].convs[1].weight, w / (u @ w.flatten(1) @ v)) < 1e-5
+    assert error(loaded.msd.discriminators[0].convs[1].weight, w / (u @ w.flatten(1) @ v)) < 1e-5
     name = "mpd.discriminators.3.convs.2.weight_"         # weight norm: g v / |v|
     g, v = (published[name + part] for part in ("g", "v"))
-    assert error(loaded["mpd"].discriminators[3].convs[2].weight,
+    assert error(loaded.mpd.discriminators[3].convs[2].weight,
                  g * v / v.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()) < 1e-5
 
 
@@ -403,7 +403,7 @@ def test_tango_begins_a_joint_training(tango):
 
 
 def test_import_of_vocoders(tmp_path, run):
-    generator, disc = Generator(STRIDES[48_000], channels=64), discriminators(2, 8)
+    generator, disc = Generator(STRIDES[48_000], channels=64), Discriminators(2, 8)
     weights.save(generator.state_dict(), tmp_path / "g")
     torch.save(weights.rename(disc.state_dict(), DISCRIMINATOR_NAMES, backwards=True), tmp_path / "do")
     ours = tmp_path / "ours"
@@ -411,7 +411,7 @@ def test_import_of_vocoders(tmp_path, run):
                          "--discriminators", 48_000, tmp_path / "do")
     assert status == 0, err
     assert same(SRCgAudio.load_vocoder(ours, 48_000), generator)
-    again = discriminators(2, 8)
+    again = Discriminators(2, 8)
     weights.load(again, weights.read(ours / "discriminators_48000.pt"), "it")
     assert same(again, disc)
 
