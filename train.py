@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import weights
 from data import Cache, Clip, digest, file_digest, find_clips, read_array
-from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule, SRCgAudio, TextEncoder, autocast,
+from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule, SRCgAudio, TextEncoder, autocast, build,
                        check_rate, diffusion_loss, exit_cleanly, mel_spectrogram, pick_device, pick_precision)
 from unet import ResBlock, Transformer, UNet
 from vae import VAE, sample_posterior, vae_loss
@@ -133,12 +133,13 @@ class Run:
                 "the sizes": json.dumps(asdict(self.config)), "the seed": str(self.seed), "the precision": str(self.precision),
                 "--train-text-encoder": str(self.train_text_encoder)}
 
-    def starts_from(self, name: str) -> Path | None:
-        """The folder to load the file `name` from, if the run is to start from one that has it."""
-        if self.start and (self.start / name).is_file():
-            say(f"starting from {self.start / name}")
-            return self.start
-        return None
+    def network(self, cls: type[nn.Module], arguments: dict, name: str) -> nn.Module:
+        """A new network, or one with the weights of the file `name`, if the run is to start from a folder with it."""
+        path = self.start / name if self.start else None
+        if path is None or not path.is_file():
+            return cls(**arguments)
+        say(f"starting from {path}")
+        return build(cls, arguments, path, self.folder / "config.json")
 
     def data_loader(self, data: Dataset, **arguments) -> DataLoader:
         return DataLoader(data, num_workers=self.workers, worker_init_fn=ignore_signals, **arguments)
@@ -363,7 +364,7 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
                     + ", ".join(str(job.data.items[i][0].path) for _, i in plan.batch(step)))
             job.ema.update(job.network, step)
             step += 1
-            if step % LOG_EVERY == 0:
+            if step == 1 or step % LOG_EVERY == 0:
                 log.writerows([step, f"train_{key}", f"{value:.6f}"] for key, value in losses.items())
             bar.set_postfix(loss=f"{losses['loss']:.3f}", best=f"{best:.4f}", refresh=False)
             bar.update()
@@ -465,8 +466,7 @@ class TrainVAE:
 
     def __init__(self, run: Run, settings: Settings):
         self.run = run
-        start = run.starts_from("vae.pt")
-        self.network = SRCgAudio.load_vae(start) if start else VAE(**run.config.vae)
+        self.network = run.network(VAE, run.config.vae, "vae.pt")
         self.network.to(run.device, memory_format=torch.channels_last).train()
         self.ema = Ema(self.network)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), settings.lr)
@@ -676,8 +676,7 @@ class TrainLDM:
             raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
         vae = SRCgAudio.load_vae(folder).to(run.device)
         self.text_encoder = self.make_text_encoder().to(run.device).requires_grad_(run.train_text_encoder)
-        start = run.starts_from("unet.pt")
-        unet = SRCgAudio.load_unet(start) if start else UNet(**config.unet)
+        unet = run.network(UNet, config.unet, "unet.pt")
         width = self.text_encoder.embedding.weight.shape[1]
         if width != unet.context_width:
             raise ValueError(f"the text encoder's width is {width}, the U-Net's context_width {unet.context_width}; "
@@ -722,9 +721,8 @@ class TrainLDM:
         run, config = self.run, self.run.config
         if isinstance(config.text_encoder, str):
             return SRCgAudio.load_text_encoder(run.folder)
-        start = run.starts_from("text_encoder.pt")
-        if start:
-            return SRCgAudio.load_text_encoder(start)
+        if run.start and (run.start / "text_encoder.pt").is_file():
+            return SRCgAudio.load_text_encoder(run.start)
         encoder = TextEncoder(**config.text_encoder)
         encoder.initialize(torch.Generator().manual_seed(run.seed))
         encoder.tokenizer = train_tokenizer(sorted({clip.caption for clip in run.train}),

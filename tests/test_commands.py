@@ -19,7 +19,7 @@ from conftest import CAPTIONS, HERE
 from test_data import BAD_AUDIO, bad_audio
 
 import weights
-from data import find_clips
+from data import Cache, find_clips
 from srcgaudio import SRCgAudio, mel_spectrogram
 
 ROOT = HERE.parent
@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     result = subprocess.run(
         [sys.executable, "train.py", "vae", "vocoder", "ldm", "--data", few_clips(folder), "--preset", "tiny",
-         "--checkpoint", folder / "run", "--rates", "16000", "48000", "--epochs", "2", "--workers", "0"],
+         "--checkpoint", folder / "run", "--rates", "16000", "48000", "--epochs", "2"],
         cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder / "run", result.stdout + result.stderr
@@ -255,8 +255,9 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     path = bad_audio(tmp_path, kind)
     captions = tmp_path / "captions.csv"
     captions.write_text(f"path,caption\n{path.name},a dog\n")
-    status, _, err = command("train.py", "vae", "--data", captions, "--preset", "tiny", "--checkpoint", tmp_path / "run")
-    one_line(status, err, path.name, message)
+    status, _, err = command("train.py", "vae", "--data", captions, "--preset", "tiny", "--checkpoint",
+                             tmp_path / "run")
+    one_line(status, err, "no clips to use", path.name, message)
     assert not (tmp_path / "run").exists()
 
 
@@ -268,6 +269,11 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     (["vae", "--device", "cuda:99"], ["cuda:99"]),
     (["vae", "--start-from", "not_there"], ["not_there"]),
     (["ldm", "--flan-t5", "not_there"], ["not_there"]),
+    (["ldm", "--flan-t5", "x", "--train-text-encoder"], ["--train-text-encoder"]),
+    (["ldm", "--no-rate-token"], ["--rates"]),
+    (["vae", "--accumulate", "3"], ["batch of 8", "3 equal parts"]),
+    (["vae", "--save-minutes", "-1"], ["--save-minutes"]),
+    (["vae", "--blacklist", "not_there.json"], ["not_there.json"]),
 ])
 def test_training_mistakes(command, tmp_path, arguments, parts):
     status, _, err = command("train.py", *arguments, "--data", few_clips(tmp_path), "--preset", "tiny", "--checkpoint",
@@ -316,13 +322,6 @@ def test_ctrl_c_ends_in_130_without_a_traceback(tmp_path):
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.vae_loss", lambda *_: (torch.tensor(float("nan"), requires_grad=True), torch.zeros(())))
-    status, _, err = command("train.py", "vae", "--data", few_clips(tmp_path), "--preset", "tiny", "--checkpoint",
-                             tmp_path / "run", "--epochs", 1, "--workers", 0)
-    assert status == 2 and "the loss of vae is nan at step 0" in err
-
-
 def test_a_trained_vocoder_learns(command, tmp_path):
     """After twenty steps the mel of what it makes is much closer to the mel it was given than silence is."""
     clips = few_clips(tmp_path)
@@ -332,6 +331,6 @@ def test_a_trained_vocoder_learns(command, tmp_path):
     assert status == 0, err
     with open(tmp_path / "run" / "vocoder_16000.csv", newline="") as file:
         loss = min(float(row["value"]) for row in csv.DictReader(file) if row["name"] == "val_loss")
-    mels = [mel_spectrogram(clip.read(16_000)[None], 16_000) for clip in find_clips(clips)]
+    mels = [mel_spectrogram(clip.read(16_000)[None], 16_000) for clip in find_clips([[clips]], Cache(tmp_path / "cache"))[0]]
     silence = sum((mel - math.log(1e-5)).abs().mean().item() for mel in mels) / len(mels)
     assert loss < 0.5 * silence

@@ -1,0 +1,296 @@
+"""Training that can be trusted: the order of the data, exact resume, several processes, the cache, the paper's
+regimes."""
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HERE
+from test_commands import few_clips, one_line
+
+import train
+import weights
+from srcgaudio import SRCgAudio
+from train import Plan, Settings
+
+ROOT = HERE.parent
+JOBS = {"vae": "vae.pt", "vocoder": "vocoder_16000.pt", "ldm": "unet.pt"}
+
+
+@pytest.fixture
+def start(checkpoint, tmp_path):
+    """A command that trains one job at 16 kHz on five recordings, from the untrained checkpoint."""
+    def arguments(job: str, folder: Path, *more) -> list:
+        return ["train.py", job, "--data", few_clips(tmp_path), "--start-from", checkpoint, "--rates", 16_000,
+                "--checkpoint", folder, "--workers", 0, "--batch", 4, "--epochs", 8, *more]
+    return arguments
+
+
+def losses(folder: Path, job: str) -> dict[tuple[str, str], float]:
+    name = "vocoder_16000" if job == "vocoder" else job
+    with open(folder / f"{name}.csv", newline="") as file:
+        return {(row["step"], row["name"]): float(row["value"]) for row in csv.DictReader(file)}
+
+
+def difference(folder: Path, other: Path, name: str) -> float:
+    """The largest between the weights of two files."""
+    a, b = weights.read(folder / name), weights.read(other / name)
+    assert a.keys() == b.keys()
+    return max((a[key].float() - b[key].float()).abs().max().item() for key in a)
+
+
+# The order of the data
+
+
+class OneProcess:
+    seed, accumulate = 0, 1
+
+
+@pytest.mark.parametrize("items, epochs, batch", [(10, 3, 4), (7, 2, 7), (5, 4, 16), (3, 1, 8)])
+def test_an_epoch_is_every_item_once(items, epochs, batch):
+    plan = Plan(items, Settings(epochs, batch, 1e-3), OneProcess)
+    taken = [key for step in range(plan.steps) for key in plan.batch(step)]
+    assert len(taken) == plan.steps * batch and plan.steps == max(1, items * epochs // batch)
+    assert len(set(taken)) == len(taken)
+    for epoch, count in Counter(epoch for epoch, _ in taken).items():
+        assert count == items or epoch == taken[-1][0]
+    assert sum(plan.validates(step) for step in range(1, plan.steps + 1)) <= epochs and plan.validates(plan.steps)
+
+
+def test_the_last_epochs_take_long_crops_in_small_batches():
+    plan = Plan(20, Settings(epochs=4, batch=16, lr=1e-3, long_epochs=1), OneProcess)
+    sizes = [len(plan.batch(step)) for step in range(plan.steps)]
+    assert sizes == [16] * 3 + [2] * 10
+    assert all(epoch == 3 for step in range(3, 13) for epoch, _ in plan.batch(step))
+
+
+def test_processes_and_parts_share_each_batch(monkeypatch):
+    class Run:
+        seed, accumulate = 0, 2
+
+    taken = []
+    monkeypatch.setattr("train.processes", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr("train.rank", lambda: rank)
+        plan = Plan(50, Settings(2, 12, 1e-3), Run)
+        parts = list(plan.parts(3))
+        assert len(parts) == 2 * (plan.steps - 3) and all(len(part) == 2 for part in parts)
+        taken += [key for part in parts[:2] for key in part]
+    assert sorted(taken) == sorted(plan.batch(3))
+    with pytest.raises(ValueError, match="a batch of 10 can't be shared by 3 processes in 2"):
+        Plan(50, Settings(2, 10, 1e-3), Run)
+
+
+# Stopped and started again
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_stopped_run_goes_on_as_if_it_had_not(start, command, tmp_path, monkeypatch, job):
+    assert command(*start(job, tmp_path / "alone"))[0] == 0
+    update, calls = train.Ema.update, []
+
+    def stop_at_the_fifth_step(ema, network, step):
+        calls.append(step)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        update(ema, network, step)
+
+    monkeypatch.setattr("train.Ema.update", stop_at_the_fifth_step)
+    assert command(*start(job, tmp_path / "stopped", "--save-minutes", 0))[0] == 130
+    monkeypatch.undo()
+    status, out, err = command(*start(job, tmp_path / "stopped"))
+    assert status == 0 and "goes on from step 4" in out + err
+    assert difference(tmp_path / "alone", tmp_path / "stopped", JOBS[job]) == 0
+    assert losses(tmp_path / "alone", job) == losses(tmp_path / "stopped", job)
+
+
+def test_a_run_that_is_done_is_not_done_again(start, command, tmp_path):
+    assert command(*start("vae", tmp_path / "run"))[0] == 0
+    before = (tmp_path / "run" / "vae.pt").read_bytes()
+    status, out, _ = command(*start("vae", tmp_path / "run"))
+    assert status == 0 and "trained already" in out and (tmp_path / "run" / "vae.pt").read_bytes() == before
+    status, _, err = command(*start("vae", tmp_path / "run", "--lr", 1e-3))
+    one_line(status, err, "vae_state.pt", "the settings", "--overwrite")
+    status, out, _ = command(*start("vae", tmp_path / "run", "--overwrite", "--lr", 1e-3))
+    assert status == 0 and (tmp_path / "run" / "vae.pt").read_bytes() != before
+
+
+@pytest.mark.parametrize("harm", ["truncated", "another program's"])
+def test_a_damaged_state_is_named(start, command, tmp_path, harm):
+    (tmp_path / "run").mkdir()
+    if harm == "truncated":
+        (tmp_path / "run" / "vae_state.pt").write_bytes(b"PK\x03\x04 and no more")
+    else:
+        torch.save({"step": 3}, tmp_path / "run" / "vae_state.pt")
+    status, _, err = command(*start("vae", tmp_path / "run"))
+    one_line(status, err, "vae_state.pt", "damaged", "--overwrite")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_loss_that_is_not_finite_stops_the_run(start, command, tmp_path, monkeypatch, job):
+    loss = {"vae": "vae_loss", "vocoder": "generator_loss", "ldm": "diffusion_loss"}[job]
+    right, calls = getattr(train, loss), []
+
+    def break_at_the_third_step(*arguments):
+        calls.append(0)
+        value = right(*arguments)
+        return value if len(calls) < 3 else tuple(v * torch.nan for v in value) if job == "vae" else value * torch.nan
+
+    monkeypatch.setattr(f"train.{loss}", break_at_the_third_step)
+    status, _, err = command(*start(job, tmp_path / "run", "--save-minutes", 0))
+    assert status == 2 and "step 2: loss is nan" in err and len(re.findall(r"\.ogg", err.splitlines()[-1])) == 4
+    state = torch.load(next((tmp_path / "run").glob("*_state.pt")), weights_only=True)
+    assert state["step"] == 2 and all(tensor.isfinite().all() for tensor in state["kept"]["network"].values())
+
+
+# A batch in parts, over processes, and with less memory
+
+# The VAE's last epochs have an eighth of the batch.  At full speed Adam and a GAN amplify rounding.
+SLOWER = {"vae": ["--batch", 16, "--epochs", 6, "--lr", 1e-5], "vocoder": ["--epochs", 3, "--lr", 1e-5], "ldm": []}
+
+
+def same_losses(folder: Path, other: Path, job: str) -> None:
+    a, b = losses(folder, job), losses(other, job)
+    assert a.keys() == b.keys() and any(name == "train_loss" for _, name in a)
+    for key, value in a.items():
+        tolerance = 1e-3 if job == "vocoder" or "gradient_norm" in key[1] else 1e-5
+        assert b[key] == pytest.approx(value, rel=tolerance, abs=2e-6), key
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_parts_change_only_rounding(start, command, tmp_path, job):
+    more = ["--activation-checkpointing"] if job == "ldm" else []
+    assert command(*start(job, tmp_path / "whole", *SLOWER[job]))[0] == 0
+    assert command(*start(job, tmp_path / "parts", *SLOWER[job], "--accumulate", 2, *more))[0] == 0
+    same_losses(tmp_path / "whole", tmp_path / "parts", job)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_two_processes_train_as_one_does(start, command, tmp_path, job):
+    assert command(*start(job, tmp_path / "one", *SLOWER[job]))[0] == 0
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+         *map(str, start(job, tmp_path / "two", *SLOWER[job], "--device", "cpu"))],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout + result.stderr).count("the checkpoint is") == 1
+    same_losses(tmp_path / "one", tmp_path / "two", job)
+
+
+# Frozen work done once
+
+
+def fail(*_):
+    raise AssertionError("what the cache has was computed again")
+
+
+def test_latents_and_texts_are_computed_once(start, command, tmp_path, monkeypatch):
+    cache = ["--cache", tmp_path / "cache"]
+    assert command(*start("ldm", tmp_path / "one", *cache))[0] == 0
+    monkeypatch.setattr("train.TrainLDM.encode_mel", fail)
+    monkeypatch.setattr("train.TrainLDM.encode_caption", fail)
+    assert command(*start("ldm", tmp_path / "two", *cache))[0] == 0
+    assert difference(tmp_path / "one", tmp_path / "two", "unet.pt") == 0
+
+
+def test_the_cache_is_what_the_networks_compute(start, command, tmp_path, monkeypatch, checkpoint):
+    jobs = []
+    monkeypatch.setattr("train.fit", lambda name, make_job, settings, run: jobs.append(make_job(run, settings)))
+    assert command(*start("ldm", tmp_path / "run"))[0] == 0
+    data, model = jobs[0].data, SRCgAudio.load(checkpoint, [16_000])
+    for i, (clip, rate) in enumerate(data.items):
+        moments = train.read_array(data.arrays, data.places[i])
+        mel = train.mel_spectrogram(clip.read(rate, 0, model.config.seconds)[None], rate)
+        with torch.no_grad():
+            expected = torch.cat(model.vae.encode(mel)).flatten()
+            psi = model.text_encoder.encode([clip.caption])[0][0]
+        assert (moments - expected).abs().max() < 1e-3 * expected.abs().max()
+        *place, width = data.texts[clip.caption]
+        kept = train.read_array(data.arrays, place).view(-1, width)
+        assert (kept - psi).abs().max() < 2e-3 * psi.abs().max()
+
+
+def test_another_vae_or_recording_is_another_entry(start, command, tmp_path, monkeypatch):
+    encode, encoded = train.TrainLDM.encode_mel, []
+    monkeypatch.setattr("train.TrainLDM.encode_mel", lambda *arguments: encoded.append(1) or encode(*arguments))
+
+    def train_ldm() -> int:
+        encoded.clear()
+        status, _, err = command(*start("ldm", tmp_path / "run", "--epochs", 1, "--overwrite"))
+        assert status == 0, err
+        return len(encoded)
+
+    assert train_ldm() == 5 and train_ldm() == 0
+    vae = dict(weights.read(tmp_path / "run" / "vae.pt"))
+    weights.save(vae | {"quant_conv.bias": vae["quant_conv.bias"] + 1}, tmp_path / "run" / "vae.pt")
+    assert train_ldm() == 5
+    clips = few_clips(tmp_path)
+    path = clips.read_text().splitlines()[1].split(",")[0]
+    shutil.copy(path, tmp_path / "copy.ogg")
+    changed = clips.read_text().replace(path, "copy.ogg")
+    monkeypatch.setattr("test_training.few_clips", lambda folder: (clips.write_text(changed), clips)[1])
+    assert train_ldm() == 1
+
+
+def test_a_text_encoder_trained_along_keeps_its_text_out_of_the_cache(start, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.TrainLDM.encode_caption", fail)
+    assert command(*start("ldm", tmp_path / "run", "--train-text-encoder"))[0] == 0
+
+
+# The paper's regimes
+
+
+def test_gaudio_is_not_told_its_rate(start, command, tmp_path):
+    """II-C and III-D: no rate token; and no start from a U-Net that has one."""
+    arguments = [a for a in start("ldm", tmp_path / "run", "--no-rate-token") if a != "--start-from"]
+    base = arguments.pop(4)
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "vae.pt"):
+        (tmp_path / "run" / name).write_bytes((base / name).read_bytes())
+    status, _, err = command(*arguments)
+    assert status == 0, err
+    names = weights.read(tmp_path / "run" / "unet.pt").keys()
+    assert "time_token.weight" in names and "rate_token.weight" not in names
+    assert SRCgAudio.load_unet(tmp_path / "run").rate_token is None
+    status, _, err = command(*start("ldm", tmp_path / "other", "--no-rate-token"))
+    assert status == 2 and "rate_token" in err
+
+
+def test_a_start_without_a_unet_gives_the_rest(start, command, tmp_path, checkpoint):
+    (tmp_path / "base").mkdir()
+    for path in checkpoint.iterdir():
+        if path.name != "unet.pt":
+            (tmp_path / "base" / path.name).write_bytes(path.read_bytes())
+    status, _, err = command(*[tmp_path / "base" if a == checkpoint else a for a in start("ldm", tmp_path / "run")])
+    assert status == 0, err
+    assert difference(checkpoint, tmp_path / "run", "text_encoder.pt") == 0
+
+
+def test_a_run_says_what_it_trains_on(command, tmp_path):
+    clips = few_clips(tmp_path)
+    clips.write_text(clips.read_text() + "gone.wav,a lost dog\n")
+    (tmp_path / "text.ogg").write_text("no audio")
+    clips.write_text(clips.read_text() + "text.ogg,a dog\n")
+    status, out, err = command("train.py", "vae", "--data", clips, "--preset", "tiny", "--checkpoint", tmp_path / "run",
+                               "--epochs", 1, "--workers", 0, "--rates", 16_000, 48_000)
+    printed = out + err
+    assert status == 0, err
+    for part in ("gone.wav: no such audio file", "text.ogg: not readable", "to train on: 4 clips, 0.01 h, 4 captions",
+                 "4 at 16000 Hz, 4 at 48000 Hz", "to validate on: 1 clips", "left out: 2"):
+        assert part in printed, part
+
+
+def test_losses_as_a_picture(start, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, err = command(*start("vae", tmp_path / "run", "--plot"))
+    one_line(status, err, "pip install matplotlib")
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib", reason="drawing is optional")
+    assert command(*start("vae", tmp_path / "run", "--plot"))[0] == 0
+    assert (tmp_path / "run" / "vae.png").read_bytes().startswith(b"\x89PNG")
