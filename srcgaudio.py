@@ -614,5 +614,6 @@ def exit_cleanly(main) -> None:
         print("error: the GPU's memory is full; a smaller --batch takes less", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = str(error).strip().splitlines()[-1]       # an error in a worker process comes with its traceback
+        print(f"error: {line.removeprefix('ValueError: ')}", file=sys.stderr)
         sys.exit(2)

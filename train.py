@@ -45,8 +45,8 @@ from tqdm import tqdm
 
 import weights
 from data import Cache, Clip, digest, file_digest, find_clips, read_array
-from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule, SRCgAudio, TextEncoder, autocast, build,
-                       check_rate, diffusion_loss, exit_cleanly, mel_spectrogram, pick_device, pick_precision)
+from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule, SRCgAudio, TextEncoder, autocast,
+                       build, check_rate, diffusion_loss, exit_cleanly, mel_spectrogram, pick_device, pick_precision)
 from unet import ResBlock, Transformer, UNet
 from vae import VAE, sample_posterior, vae_loss
 from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Discriminators, Generator, discriminator_loss, generator_loss,
@@ -130,8 +130,8 @@ class Run:
         """What must be the same for a run to go on as if it had never stopped."""
         data = digest([self.items(clips) for clips in (self.train, self.val)])
         return {"the data": data.hex(), "the rates": str(self.rates), "the settings": str(settings),
-                "the sizes": json.dumps(asdict(self.config)), "the seed": str(self.seed), "the precision": str(self.precision),
-                "--train-text-encoder": str(self.train_text_encoder)}
+                "the sizes": json.dumps(asdict(self.config)), "the seed": str(self.seed),
+                "the precision": str(self.precision), "--train-text-encoder": str(self.train_text_encoder)}
 
     def network(self, cls: type[nn.Module], arguments: dict, name: str) -> nn.Module:
         """A new network, or one with the weights of the file `name`, if the run is to start from a folder with it."""
@@ -385,6 +385,7 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
                 if validated or stop or time.monotonic() - saved > 60 * run.save_minutes:
                     saved = save_state()
             if stop:
+                say(f"{name} stopped after step {step}; the same command goes on from there")
                 raise KeyboardInterrupt
 
 
@@ -469,7 +470,7 @@ class TrainVAE:
         self.network = run.network(VAE, run.config.vae, "vae.pt")
         self.network.to(run.device, memory_format=torch.channels_last).train()
         self.ema = Ema(self.network)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), settings.lr)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), settings.lr, fused=True)
         self.optimizers = [self.optimizer]
         self.kept = {"network": self.network, "ema": self.ema.network, "optimizer": self.optimizer}
         self.distributed = distribute(self.network)
@@ -480,7 +481,7 @@ class TrainVAE:
         return descend(self.distributed, self.optimizer, parts, self.losses)
 
     def losses(self, part: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        mel, eps = (x.to(self.run.device) for x in part)                                     # (B, T, 64), (B, 8, T/4, 16)
+        mel, eps = (x.to(self.run.device) for x in part)               # (B, T, 64), (B, 8, T/4, 16)
         with autocast(self.run.device, self.run.precision):
             decoded, mean, logvar = self.distributed(mel, eps)
         loss, l1 = vae_loss(mel, decoded, mean, logvar, KL_WEIGHT)
@@ -523,7 +524,7 @@ class TrainVocoder:
         for module in list(plain.modules()):
             if isinstance(module, (Conv1d, ConvTranspose1d)):
                 weight_norm(module)
-        self.optimizers = [torch.optim.AdamW(network.parameters(), settings.lr, betas=(0.8, 0.99))
+        self.optimizers = [torch.optim.AdamW(network.parameters(), settings.lr, betas=(0.8, 0.99), fused=True)
                            for network in (self.network, self.discriminators)]
         self.kept = {"network": self.network, "ema": self.ema.network, "discriminators": self.discriminators,
                      "optimizer": self.optimizers[0], "optimizer_d": self.optimizers[1]}
@@ -623,7 +624,7 @@ class Latents(Dataset):
 
     def __init__(self, run: Run, items: list[tuple[Clip, int]], places: np.ndarray, texts: dict, scale_factor: float,
                  times: Tensor | None = None):
-        self.seed, self.arrays, self.seconds = run.seed, run.cache.arrays, run.config.seconds
+        self.seed, self.arrays, self.T = run.seed, run.cache.arrays, NoiseSchedule().T
         self.items, self.places, self.texts, self.scale_factor, self.times = items, places, texts, scale_factor, times
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int, int, Tensor]:
@@ -635,7 +636,7 @@ class Latents(Dataset):
         noise = torch.from_numpy(random.standard_normal((2, *mean.shape), np.float32))
         z_0 = self.scale_factor * sample_posterior(mean, logvar, noise[0])
         if self.times is None:
-            t = int(random.integers(NoiseSchedule().T))                                      # t ~ Uniform(1, T)
+            t = int(random.integers(self.T))                                      # t ~ Uniform(1, T)
             caption = "" if random.random() < NULL_CAPTIONS else clip.caption
         else:
             t, caption = int(self.times[i]), clip.caption
@@ -685,13 +686,11 @@ class TrainLDM:
         self.network = Denoiser(unet, self.text_encoder if run.train_text_encoder else None)
         self.network.to(run.device, memory_format=torch.channels_last).train()
         self.ema = Ema(self.network)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), settings.lr)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), settings.lr, fused=True)
         self.optimizers = [self.optimizer]
         self.kept = {"network": self.network, "ema": self.ema.network, "optimizer": self.optimizer}
         if run.activation_checkpointing:                 # after the EMA's copy, which needs none
-            for module in unet.modules():
-                if isinstance(module, (ResBlock, Transformer)):
-                    module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+            checkpoint_activations(unet)
         self.distributed = distribute(self.network)
 
         # The frozen parts run once.  What they made is found again by what they made it from.
@@ -778,6 +777,13 @@ class TrainLDM:
         weights.save(self.ema.network.unet.state_dict(), self.run.folder / "unet.pt")
 
 
+def checkpoint_activations(unet: UNet) -> None:
+    """Let blocks keep only their inputs for the backward pass, which computes the rest again."""
+    for module in unet.modules():
+        if isinstance(module, (ResBlock, Transformer)):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
 def network_digest(network: nn.Module) -> bytes:
     """Changes when any weight does, or a text encoder's tokenizer."""
     total = hashlib.blake2b(digest_size=16)
@@ -811,7 +817,8 @@ def parse() -> argparse.Namespace:
              "with its audio if that is elsewhere; or, without ldm, a folder alone; several: --data for each")
     add("--val-data", type=Path, nargs="+", action="append", metavar="PATH",
         help="the same for validation; without it every tenth clip is held out")
-    add("--blacklist", type=Path, nargs="+", default=[], metavar="FILE", help="WavCaps' lists of test clips to leave out")
+    add("--blacklist", type=Path, nargs="+", default=[], metavar="FILE",
+        help="WavCaps' lists of test clips, to be left out")
     add("--checkpoint", required=True, type=Path, metavar="FOLDER", help="where the weights go")
     add("--preset", choices=list(PRESETS), help="sizes and settings (default: those of the checkpoint, else small)")
     add("--rates", type=int, nargs="+", default=list(RATES), metavar="HZ", help="sampling rates (default: all four)")

@@ -3,7 +3,9 @@ regimes."""
 import csv
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE
+from conftest import CAPTIONS, HERE
 from test_commands import few_clips, one_line
 
 import train
@@ -130,6 +132,32 @@ def test_a_damaged_state_is_named(start, command, tmp_path, harm):
         torch.save({"step": 3}, tmp_path / "run" / "vae_state.pt")
     status, _, err = command(*start("vae", tmp_path / "run"))
     one_line(status, err, "vae_state.pt", "damaged", "--overwrite")
+
+
+def test_a_full_disk_keeps_the_last_state(start, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
+    status, out, err = command(*start("vae", tmp_path / "run"))
+    monkeypatch.undo()
+    assert status == 130 and "stopped after step 2; the same command goes on" in out + err
+    state = tmp_path / "run" / "vae_state.pt"
+    before = state.read_bytes()
+    limit = len(before) // 2
+    result = subprocess.run([sys.executable, *map(str, start("vae", tmp_path / "run"))], cwd=ROOT, capture_output=True,
+                            text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert result.returncode == 2 and "error: " in result.stderr and "vae_state.pt" in result.stderr.splitlines()[-1]
+    assert state.read_bytes() == before
+    assert command(*start("vae", tmp_path / "run"))[0] == 0
+
+
+def test_a_recording_that_vanishes_is_named(start, command, tmp_path, monkeypatch):
+    clips = few_clips(tmp_path)
+    for line in clips.read_text().splitlines()[1:]:
+        shutil.copy(line.split(",")[0], tmp_path)
+    clips.write_text(clips.read_text().replace(str(CAPTIONS.parent), str(tmp_path)))
+    monkeypatch.setattr("test_training.few_clips", lambda folder: clips)
+    monkeypatch.setattr("train.report", lambda *_: [path.unlink() for path in tmp_path.rglob("*.ogg")])
+    status, _, err = command(*start("vae", tmp_path / "run", "--workers", 1))
+    assert status == 2 and "Traceback" not in err and err.splitlines()[-1].endswith(".ogg: no such audio file")
 
 
 @pytest.mark.parametrize("job", JOBS)
