@@ -26,7 +26,7 @@ from srcgaudio import PRESETS, SRCgAudio, autocast, pick_device
 from unet import UNet
 from vae import VAE, sample_posterior
 
-STEPS = 12
+STEPS = 20
 
 
 class Audio(Dataset):
