@@ -3,9 +3,8 @@
     python tests/bench_training.py speed      # from the cache, against a loop that encodes at every step
     python tests/bench_training.py memory     # what a step at the paper's size keeps for the backward pass
 
-`speed` trains the small preset on the test recordings (--data FILE for others), steps of both kinds in turn, all in one
-process.  The loop that encodes does as Tango's: it reads the audio and runs the VAE's encoder and the text encoder in
-each step.
+`speed` trains the small preset on the test recordings (--data FILE for others), with both kinds of step in turn.  The
+loop that encodes does as Tango's: for each step it reads the audio and runs the VAE's encoder and the text encoder.
 """
 import argparse
 import statistics
@@ -26,7 +25,7 @@ from srcgaudio import PRESETS, SRCgAudio, autocast, pick_device
 from unet import UNet
 from vae import VAE, sample_posterior
 
-STEPS = 20
+BLOCKS, STEPS, WARM_UP = 3, 8, 4                          # the warm-up also uses up what workers read ahead
 
 
 class Audio(Dataset):
@@ -45,38 +44,41 @@ def measure_speed(data: Path) -> None:
         config = PRESETS["small"]
         SRCgAudio.save_config(config, Path(folder, "run"))
         weights.save(VAE(**config.vae).state_dict(), Path(folder, "run", "vae.pt"))
-        sys.argv = ["train.py", "ldm", "--data", str(data), "--checkpoint", f"{folder}/run",
-                    "--workers", "0"]
+        sys.argv = ["train.py", "ldm", "--data", str(data), "--checkpoint", f"{folder}/run"]
         run = train.prepare(train.parse(), pick_device())
         settings = train.SETTINGS["small"]["ldm"]
         job = train.TrainLDM(run, settings)
         vae = SRCgAudio.load_vae(run.folder).to(run.device)
         plan = train.Plan(len(job.data.items), settings, run)
-        cached = iter(run.data_loader(job.data, batch_sampler=plan.parts(0), collate_fn=job.collate))
-        audio = iter(run.data_loader(Audio(job.data.items, config.seconds), batch_sampler=plan.parts(0)))
 
         @torch.no_grad()
-        def encode() -> tuple[torch.Tensor, ...]:
-            mel, rate, captions = next(audio)
+        def encode(batch: tuple) -> tuple[torch.Tensor, ...]:
+            mel, rate, captions = batch
             with autocast(run.device, run.precision):
                 mean, logvar = vae.encode(mel.to(run.device))
                 text, text_mask = job.text_encoder.encode(list(captions))
             z_0 = vae.scale_factor * sample_posterior(mean, logvar, torch.randn_like(mean))
-            t = torch.randint(0, 1000, (len(mel),))
-            return z_0, torch.randn_like(z_0), t, rate, text, text_mask
+            return z_0, torch.randn_like(z_0), torch.randint(0, 1000, (len(mel),)), rate, text, text_mask
 
-        times = {"from the cache": [], "encoding at every step": []}
-        for step in range(STEPS):
-            for name, get in (("from the cache", lambda: next(cached)), ("encoding at every step", encode)):
-                began = time.perf_counter()
-                float(job.step([get()])["loss"])
-                if step >= 2:                            # the first ones warm up
-                    times[name].append(time.perf_counter() - began)
+        sides = {"from the cache": (job.data, job.collate, lambda batch: batch),
+                 "encoding at every step": (Audio(job.data.items, config.seconds), None, encode)}
+        times = {name: [] for name in sides}
+        for _ in range(BLOCKS):
+            for name, (data, collate, make_part) in sides.items():
+                loader = iter(run.data_loader(data, batch_sampler=plan.parts(0), collate_fn=collate))
+                began = 0.0
+                for step in range(WARM_UP + STEPS):
+                    if step == WARM_UP:
+                        began = time.perf_counter()
+                    float(job.step([make_part(next(loader))])["loss"])
+                times[name].append((time.perf_counter() - began) / STEPS)
+                del loader
         rates = {name: settings.batch / statistics.median(seconds) for name, seconds in times.items()}
         for name, rate in rates.items():
             print(f"{name}: {rate:.2f} samples a second")
         print(f"ratio: {rates['from the cache'] / rates['encoding at every step']:.2f} ({run.device}, {run.precision}, "
-              f"{torch.get_num_threads()} threads, median of {STEPS - 2} steps of {settings.batch})")
+              f"{torch.get_num_threads()} threads, {run.workers} workers, median of {BLOCKS} blocks of "
+              f"{STEPS} steps of {settings.batch})")
 
 
 def measure_memory() -> None:
