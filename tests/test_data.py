@@ -141,8 +141,8 @@ def test_bad_captions_are_named(tmp_path, cache, text, message):
 
 @pytest.mark.parametrize("sources, captions, message", [
     (["."], False, "no clips to use"), (["."], True, "a folder has no captions"),
-    (["nothing"], True, "no such caption file"), (["a.json", "nothing"], True, "nothing: not a folder"), (["a.json", "."], True, "as WavCaps's files are"),
-    (["b.json", "."], True, "not readable JSON"),
+    (["nothing"], True, "no such caption file"), (["a.json", "nothing"], True, "nothing: not a folder"),
+    (["a.json", "."], True, "as WavCaps's files are"), (["b.json", "."], True, "not readable JSON"),
 ])
 def test_nothing_to_train_on_is_an_error(tmp_path, cache, sources, captions, message):
     (tmp_path / "a.json").write_text('{"data": [{"id": 1}]}')

@@ -256,7 +256,8 @@ def test_any_length_that_is_a_multiple_of_8(unet):
 
 
 def test_unet_refuses_sizes_that_do_not_fit():
-    for arguments, message in [(dict(heads=(5, 10, 10)), "equally many"), (dict(widths=(320, 640, 640, 1200)), "multiples"),
+    for arguments, message in [(dict(heads=(5, 10, 10)), "equally many"),
+                               (dict(widths=(320, 640, 640, 1200)), "multiples"),
                                (dict(tokens=("text",)), '"time" and "rate"')]:
         with pytest.raises(ValueError, match=message):
             UNet(**arguments)

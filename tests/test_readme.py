@@ -40,7 +40,8 @@ def test_every_equation_stands_where_the_map_says(number):
     assert f"Eq. ({number})" in inspect.getsource(find(module, name))
 
 
-@pytest.mark.parametrize("line", re.findall(r"(?:python|torchrun \S+) ((?:train|sample|weights)\.py [^#&\n`]+)", README))
+@pytest.mark.parametrize("line", re.findall(r"(?:python|torchrun \S+) ((?:train|sample|weights)\.py [^#&\n`]+)",
+                                            README))
 def test_every_command_is_understood(line, monkeypatch):
     for name, value in reversed(re.findall(r'^(\w+)="(.*)"$', README, re.MULTILINE)):
         line = line.replace(f"${name}", value)
