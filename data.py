@@ -251,8 +251,11 @@ def read_rows(source: Path, captions: bool, split: str) -> list[Row]:
     if {"filename", "category"} <= set(columns):         # ESC-50
         return [Row([stem(row["filename"])], row["category"].replace("_", " ")) for row in rows]
     if len(columns) == 4 and columns[3] in ("train", "test"):          # VGGSound has no line of names
-        return [Row([f"{youtube}_{int(start):06}", f"{youtube}_{start}", youtube, f"Y{youtube}"], label, f"Y{youtube}")
-                for youtube, start, label, part in lines if part == split]
+        try:
+            return [Row([f"{youtube}_{int(start):06}", f"{youtube}_{start}", youtube, f"Y{youtube}"], label,
+                        f"Y{youtube}") for youtube, start, label, part in lines if part == split]
+        except ValueError:
+            raise ValueError(f"{source}: not every line is as VGGSound's are, youtube id,start,label,split") from None
     raise ValueError(f"{source}: its first line, {','.join(columns)[:80]!r}, has no columns path and caption, "
                      f"nor is it AudioCaps', ESC-50's or VGGSound's")
 
