@@ -2,6 +2,7 @@
 
     pip install diffusers transformers librosa       # no dependency of the project; without them ours runs alone
     python tests/bench.py unet vae text vocoder mel generate train --precision fp32
+    python tests/bench.py unet generate --compile    # ours with torch.compile, the peers without
 
 Both sides have the same weights, inputs, precision and threads, in one process, in turn; the peers have the layout that
 is fastest for them.  Prints the median time of each, ours over theirs, the arithmetic (as torch counts it), the share
@@ -13,6 +14,7 @@ import importlib.util
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -49,8 +51,8 @@ def load(peer: nn.Module, ours: nn.Module, names: weights.Names) -> nn.Module:
 
 
 class Bench:
-    def __init__(self, device: torch.device, precision: torch.dtype, repeats: int):
-        self.device, self.precision, self.repeats = device, precision, repeats
+    def __init__(self, device: torch.device, precision: torch.dtype, repeats: int, compile: bool):
+        self.device, self.precision, self.repeats, self.compile = device, precision, repeats, compile
         a, b = (torch.randn(4096, 4096, device=device, dtype=precision) for _ in range(2))
         self.rate = 2 * 4096 ** 3 / self.time({"": lambda: a @ b})[""]
         print(f"{device}, {precision}, {torch.get_num_threads()} threads, 4096^3: {self.rate / 1e9:.0f} GFLOP/s")
@@ -69,24 +71,32 @@ class Bench:
                 times[name].append(time.perf_counter() - began)
         return {name: statistics.median(values[1:]) for name, values in times.items()}
 
-    def compare(self, title: str, ours, peer) -> None:
+    def compare(self, title: str, ours, peer, training: bool = False) -> None:
         """A row of the table.  ours, peer: () -> the result; peer may be None."""
-        with FlopCounterMode(display=False) as counter:
-            result = ours()
-        flop = counter.get_total_flops()
-        times = self.time({"ours": ours} | ({"peer": peer} if peer else {}))
+        def peer_in_its_precision():
+            with torch.autocast(self.device.type, enabled=False):
+                return peer()
+
+        sides = {"ours": ours} | ({"peer": peer if training else peer_in_its_precision} if peer else {})
+        # Sampling is under one autocast, which casts each weight once; each step of training has its own.
+        with nullcontext() if training else autocast(self.device, self.precision):
+            result = ours()                              # compiles, if it must
+            with FlopCounterMode(display=False) as counter:
+                ours()
+            flop = counter.get_total_flops()
+            times = self.time(sides)
         cells = [title, f"{times['ours']:.3f}", "", "", f"{flop / 1e9:.0f}",
                  f"{flop / times['ours'] / self.rate:.2f}", ""]
         if peer:
             cells[2:4] = f"{times['peer']:.3f}", f"{times['ours'] / times['peer']:.2f}"
             if isinstance(result, torch.Tensor):
-                other = torch.as_tensor(peer()).to(result.device)
+                other = sides["peer"]().to(result.device)
                 cells[6] = f"{((result - other).abs().max() / other.abs().max()).item():.1e}"
         print("| " + " | ".join(cells) + " |", flush=True)
 
     def prepare(self, network: nn.Module, peer: bool = False, image: bool = False) -> nn.Module:
         """A network on the device; the peers', which have no autocast of their own, in the precision."""
-        network = network.eval().requires_grad_(False).to(self.device, self.precision if peer else torch.float32)
+        network = network.eval().to(self.device, self.precision if peer else torch.float32)
         return network.to(memory_format=torch.channels_last) if image else network
 
 
@@ -122,6 +132,8 @@ def bench_unet(bench: Bench, peers: bool) -> None:
     ours = UNet(**arguments)
     peer = bench.prepare(diffusers_unet(ours, arguments), peer=True, image=True) if peers else None
     ours = bench.prepare(ours, image=True)
+    if bench.compile:
+        ours.compile()
     z, c = torch.randn(2, 8, 256, 16, device=bench.device), torch.randn(2, 66, 1024, device=bench.device)
     t, mask = torch.full((2,), 500, device=bench.device), torch.ones(2, 66, dtype=torch.bool, device=bench.device)
     z_peer = z.to(bench.precision).contiguous(memory_format=torch.channels_last)
@@ -207,7 +219,7 @@ def bench_train(bench: Bench, peers: bool) -> None:
             ema.update(network, 0)
         steps[name] = step
     with torch.enable_grad():
-        bench.compare("small U-Net, a training step of 16", steps["ours"], steps.get("peer"))
+        bench.compare("small U-Net, a training step of 16", steps["ours"], steps.get("peer"), training=True)
 
 
 def bench_generate(bench: Bench, peers: bool) -> None:
@@ -223,6 +235,8 @@ def bench_generate(bench: Bench, peers: bool) -> None:
                                   set_alpha_to_one=False, clip_sample=False)
     unet, decoder = bench.prepare(unet, image=True), bench.prepare(decoder, image=True)
     vocoder = bench.prepare(vocoder)
+    if bench.compile:
+        unet.compile()
     z_T = torch.randn(1, 8, 256, 16, device=bench.device)
     text, null = (torch.randn(1, 64, 1024, device=bench.device) for _ in range(2))
     mask = torch.ones(1, 64, dtype=torch.bool, device=bench.device)
@@ -257,13 +271,14 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    bench = Bench(pick_device(args.device), precision, args.repeats)
+    bench = Bench(pick_device(args.device), precision, args.repeats, args.compile)
     for part in args.parts:
         run, names = PARTS[part]
-        with torch.no_grad(), autocast(bench.device, precision):
+        with torch.no_grad():
             run(bench, installed(*names.split()))
 
 

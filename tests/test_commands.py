@@ -142,6 +142,12 @@ def test_spectrograms_take_matplotlib(checkpoint, command, tmp_path, monkeypatch
     pytest.importorskip("matplotlib", reason="drawing is optional")
 
 
+def test_compiling_takes_a_compiler(checkpoint, command, monkeypatch):
+    monkeypatch.setenv("CXX", "not-there")
+    status, _, err = command("sample.py", "rain", "--checkpoint", checkpoint, "--compile")
+    assert status == 2 and "takes a C++ compiler" in err
+
+
 def test_spectrograms_are_drawn(checkpoint, command, tmp_path):
     pytest.importorskip("matplotlib", reason="drawing takes matplotlib, which is optional")
     assert command("sample.py", "rain", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint, "--spectrogram",

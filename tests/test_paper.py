@@ -255,6 +255,13 @@ def test_any_length_that_is_a_multiple_of_8(unet):
         predict(unet, **(inputs | {"z_t": torch.randn(2, 8, 12, 16)}))
 
 
+def test_compile_takes_the_unet_as_one_graph(unet):
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)          # raises where the graph would break
+    inputs = batch(unet)
+    c = unet.condition(inputs["t"], inputs["rate"], inputs["text"], inputs["text_mask"])
+    assert torch.equal(compiled(inputs["z_t"], inputs["t"], *c), unet(inputs["z_t"], inputs["t"], *c))
+
+
 def test_unet_refuses_sizes_that_do_not_fit():
     for arguments, message in [(dict(heads=(5, 10, 10)), "equally many"),
                                (dict(widths=(320, 640, 640, 1200)), "multiples"),
