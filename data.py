@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
+BLOCK = 2 ** 22                                          # samples
 
 
 @dataclass(frozen=True)
@@ -63,26 +64,41 @@ def read_audio(path: str | Path, first: int = 0, samples: int = -1) -> tuple[Ten
 
     Raises ValueError naming the file if it is missing, empty, truncated or not audio, or holds NaN or inf.
     """
+    blocks, rates = zip(*read_blocks(path, first, samples))
+    return torch.cat(blocks), rates[0]
+
+
+def read_blocks(path: str | Path, first: int = 0, samples: int = -1) -> Iterator[tuple[Tensor, int]]:
+    """What `read_audio` gives, in blocks of a minute or two: recordings can be hours long."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such audio file")
+    whole, length = first == 0 and samples < 0, 0
     try:
         with soundfile.SoundFile(path) as file:
             promised = file.frames
-            whole = first == 0 and samples < 0
-            file.seek(min(first, promised))
-            wave, rate = file.read(samples, dtype="float32", always_2d=True), file.samplerate
-            truncated = whole and (len(wave) < promised or ends_early(path, file.extra_info))
+            # After a seek libsndfile decodes the next frames of an MP3 wrongly, and soundfile seeks after each read: so
+            # an MP3 is read from its start, in one piece.
+            begin, most = (0, promised + 1) if file.format == "MP3" else (min(first, promised), BLOCK)
+            file.seek(begin)
+            while True:
+                wanted = most if samples < 0 else min(most, first - begin + samples - length)
+                block = file.read(wanted, dtype="float32", always_2d=True)
+                if not np.isfinite(block).all():
+                    raise ValueError(f"{path}: holds samples that are NaN or infinite")
+                length += len(block)
+                if len(block) or not whole:
+                    yield torch.from_numpy(block[first - begin:].mean(axis=1)), file.samplerate          # (L,)
+                if len(block) < most:
+                    break
+            truncated = whole and (length < promised or ends_early(path, file.extra_info))
     except (soundfile.SoundFileError, RuntimeError) as error:
         reason = "it is empty" if path.stat().st_size == 0 else str(error).split(": ")[-1].strip().rstrip(".")
         raise ValueError(f"{path}: not readable audio, or truncated ({reason})") from None
     if truncated:
         raise ValueError(f"{path}: truncated; the file ends before its audio does: copy it anew, or leave it out")
-    if whole and len(wave) == 0:
+    if whole and length == 0:
         raise ValueError(f"{path}: holds no samples")
-    if not np.isfinite(wave).all():
-        raise ValueError(f"{path}: holds samples that are NaN or infinite")
-    return torch.from_numpy(wave.mean(axis=1)), rate     # (L,)
 
 
 def ends_early(path: Path, log: str) -> bool:
@@ -376,9 +392,13 @@ def inspect_all(paths: set[Path], cache: Cache, progress: bool) -> dict[Path, li
 
 def inspect(path: Path) -> list:
     """Rate, samples, mean and peak of a file.  Raises ValueError naming it if it can't be used."""
-    wave, rate = read_audio(path)
-    mean = wave.double().mean().item()
-    peak = (wave.double() - mean).abs().max().item()
+    samples, total, low, high = 0, 0.0, math.inf, -math.inf
+    for wave, rate in read_blocks(path):
+        samples += len(wave)
+        total += wave.sum(dtype=torch.float64).item()
+        low, high = min(low, wave.min().item()), max(high, wave.max().item())
+    mean = total / samples
+    peak = max(high - mean, mean - low)
     if peak < 1e-4:                                      # -80 dB
         raise ValueError(f"{path}: silent")
-    return [rate, len(wave), mean, peak]
+    return [rate, samples, mean, peak]

@@ -754,7 +754,7 @@ class TrainLDM:
         return descend(self.distributed, self.optimizer, parts, self.losses)
 
     def losses(self, part: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        part = (x.to(self.run.device, non_blocking=True) for x in part)
+        part = (x.to(self.run.device) for x in part)
         with autocast(self.run.device, self.run.precision):
             return {"loss": self.distributed(*part).mean()}
 

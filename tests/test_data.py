@@ -62,6 +62,20 @@ def test_formats_and_channels(tmp_path, name, tolerance):
     assert (wave[4000:40_000] - expected[4000:40_000]).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("block", [1000, 1323, 44_100])             # 44,100 samples: with a rest, and without
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_long_files_are_read_in_blocks(tmp_path, monkeypatch, block, suffix):
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, 0.1 + 0.5 * np.sin(np.arange(44_100) / 20), 44_100)
+    wave, rate = read_audio(path)
+    facts = inspect(path)
+    monkeypatch.setattr("data.BLOCK", block)
+    assert torch.equal(read_audio(path)[0], wave) and read_audio(path)[1] == rate
+    assert torch.equal(read_audio(path, 500, 2 * block)[0], wave[500:500 + 2 * block])
+    assert len(read_audio(path, len(wave), 10)[0]) == 0
+    assert inspect(path) == pytest.approx(facts, abs=1e-9)
+
+
 def test_a_clip_is_read_with_zero_mean_and_peak_half(tmp_path):
     soundfile.write(tmp_path / "a.wav", (0.1 + 0.3 * tone(440, 16_000)).numpy(), 16_000)
     wave = Clip(tmp_path / "a.wav", "", *inspect(tmp_path / "a.wav")).read(16_000)
