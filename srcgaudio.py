@@ -587,16 +587,19 @@ class SRCgAudio:
         bands = RATES[rate].n_mels // 4
         z_T = torch.stack([torch.randn((VAE.LATENT, length, bands), generator=torch.Generator().manual_seed(seed + i))
                            for i in range(len(prompts))]).to(self.device)         # (B, 8, T/4, 16)
+        # Autocast keeps its bfloat16 copies of weights until it ends: one for each part frees them in between.
         with autocast(self.device, self.precision):
             text, mask = self.text_encoder.encode(prompts + [""])                 # (B + 1, N, d), (B + 1, N)
-            null, null_mask = text[-1:].expand(len(prompts), -1, -1), mask[-1:].expand(len(prompts), -1)
+        null, null_mask = text[-1:].expand(len(prompts), -1, -1), mask[-1:].expand(len(prompts), -1)
 
-            def predict_noise(z_t: Tensor, t: int) -> Tensor:
-                predicted = guided_noise(self.unet, z_t, t, rate, text[:-1], mask[:-1], null, null_mask, guidance)
-                # The weights of Eq. (4) sum to 1, so guidance and the step from v to eps can change places.
-                return self.schedule.eps_from_v(predicted, z_t, t) if self.unet.predicts == "v" else predicted
+        def predict_noise(z_t: Tensor, t: int) -> Tensor:
+            predicted = guided_noise(self.unet, z_t, t, rate, text[:-1], mask[:-1], null, null_mask, guidance)
+            # The weights of Eq. (4) sum to 1, so guidance and the step from v to eps can change places.
+            return self.schedule.eps_from_v(predicted, z_t, t) if self.unet.predicts == "v" else predicted
 
+        with autocast(self.device, self.precision):
             z_0 = self.schedule.ddim(predict_noise, z_T, steps, progress)
+        with autocast(self.device, self.precision):
             mel = self.vae.decode(z_0 / self.vae.scale_factor)                    # (B, T, 64)
             wave = self.vocoders[rate](mel)                                       # (B, T * hop)
         return wave[:, :round(seconds * rate)]

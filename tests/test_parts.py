@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import judge
 from srcgaudio import RATES
 from vae import VAE, sample_posterior, vae_loss
 from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, MultiPeriodDiscriminator, MultiScaleDiscriminator,
@@ -82,3 +83,17 @@ def test_feature_matching_trains_the_generator_alone():
     real, generated = torch.ones(1, 4, requires_grad=True), torch.zeros(1, 4, requires_grad=True)
     feature_matching_loss([(real, [real])], [(generated, [generated])]).backward()
     assert real.grad is None and generated.grad is not None
+
+
+def test_the_judges_distances_allow_shifts_in_time_and_nothing_else():
+    mels = torch.randn(3, 40, 64)
+    distances = judge.shifted_distances(mels, torch.roll(mels, 7, dims=1))
+    assert distances.diagonal().max().item() == pytest.approx(0, abs=2e-3) and distances[0, 1] > 1
+    assert judge.between(torch.stack([mels[0], mels[0] + 3])) == pytest.approx(3, rel=1e-5)
+
+
+def test_the_judge_measures_the_highs():
+    seconds = torch.arange(48_000) / 48_000
+    low, high = (torch.sin(2 * math.pi * hz * seconds) for hz in (5_000, 10_000))
+    assert judge.share_above((low + 2 * high)[None], 8_000) == pytest.approx(0.8, abs=1e-3)
+    assert judge.share_above((low + 2 * high)[None], 12_000) == pytest.approx(0, abs=1e-3)

@@ -1,0 +1,212 @@
+"""Does a trained model do what it is told?  Two small networks that have learnt from real recordings are the judges.
+
+    python tests/judge.py --data esc10/captions.csv --checkpoint runs/small --clips 200 --steps 50
+
+The captions' columns are path, caption, class and fold.  The judges learn from folds 1 to 3, the model's own training
+data, and prove themselves on fold 4: one names the class of a log-mel, the other its sampling rate.  Then they hear
+`--clips` clips at each rate, made from prompts of the training data and from wordings that it lacks.  Also measured:
+copy-synthesis, the highs of the 48 kHz output, how much the clips of one prompt differ, and how near they come to a
+recording that the model was trained on.
+"""
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import trange
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import Clip, inspect
+from srcgaudio import RATES, SRCgAudio, autocast, exit_cleanly, mel_spectrogram, pick_device
+from vocoder import mel_loss
+
+NEW_WORDINGS = {                                         # none is a caption of the data
+    "dog bark": ("a barking dog", "loud barking of dogs"),
+    "rain": ("it is raining", "the steady sound of rain"),
+    "sea waves": ("waves of the sea", "the ocean on the shore"),
+    "baby cry": ("a crying baby", "the loud cry of an infant"),
+    "clock tick": ("the clock is ticking", "ticking of a clock"),
+    "person sneeze": ("a person is sneezing", "a sneezing person"),
+    "helicopter": ("a helicopter is flying", "the blades of a helicopter"),
+    "chainsaw": ("cutting with a chainsaw", "the sound of a chainsaw"),
+    "rooster": ("a crowing rooster", "the crow of a rooster"),
+    "fire crackling": ("the fire is crackling", "a campfire burns"),
+}
+
+
+class Judge(nn.Module):
+    """Names the class of log-mels, (B, T, 64) -> (B, classes)."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        widths = [1, 16, 32, 64, 128]
+        self.layers = nn.Sequential(*(layer for c_in, c_out in zip(widths, widths[1:]) for layer in (
+            nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(),
+            nn.Conv2d(c_out, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU())))
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(2 * widths[-1], classes))
+
+    def forward(self, mel: Tensor) -> Tensor:
+        h = self.layers((mel[:, None] + 6) / 3)                                   # (B, 128, T/16, 4)
+        return self.head(torch.cat([h.mean(dim=(2, 3)), h.amax(dim=(2, 3))], dim=1))
+
+
+def train_judge(mels: Tensor, labels: Tensor, classes: int, epochs: int) -> Judge:
+    """mels (N, T, 64), labels (N,).  Each epoch shifts the mels in time and in level, and hides parts of them."""
+    judge = Judge(classes).to(mels.device)
+    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, epochs * (len(mels) // 32))
+    for _ in trange(epochs, desc="judge", leave=False):
+        for batch in torch.randperm(len(mels), device=mels.device).split(32)[:len(mels) // 32]:
+            x = torch.stack([torch.roll(mel, int(torch.randint(len(mel), ())), 0) for mel in mels[batch]])
+            x = x + torch.randn(len(x), 1, 1, device=x.device)
+            band, frame = int(torch.randint(56, ())), int(torch.randint(x.shape[1] - 60, ()))
+            x[:, :, band:band + 8] = x[:, frame:frame + 60] = x.mean()
+            optimizer.zero_grad()
+            F.cross_entropy(judge(x.clamp(min=-11.6)), labels[batch], label_smoothing=0.1).backward()
+            optimizer.step()
+            schedule.step()
+    return judge.eval()
+
+
+def share_right(judge: Judge, mels: Tensor, labels: Tensor) -> float:
+    return (torch.cat([judge(part) for part in mels.split(64)]).argmax(1) == labels).float().mean().item()
+
+
+def shifted_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Root mean squares of the differences of all pairs of mels (N, T, 64), (M, T, 64), at the best (circular) shift
+    in time -> (N, M)."""
+    spectra_b = torch.fft.rfft(b, dim=1).conj()
+    rows = []
+    for mel in a:
+        cross = torch.fft.irfft((torch.fft.rfft(mel, dim=0) * spectra_b).sum(2), n=len(mel), dim=1)     # (M, T)
+        rows.append(mel.square().sum() + b.square().sum(dim=(1, 2)) - 2 * cross.amax(1))
+    return (torch.stack(rows).clamp(min=0) / a[0].numel()).sqrt()
+
+
+def between(mels: Tensor) -> float:
+    """The mean root-mean-square difference between the mels (N, T, 64) of all pairs."""
+    flat = mels.flatten(1)
+    return (torch.pdist(flat).mean() / flat.shape[1] ** 0.5).item()
+
+
+def share_above(waves: Tensor, hz: int) -> float:
+    """The share of the energy of 48 kHz waves (B, L) above a frequency, the mean over the waves."""
+    energy = torch.fft.rfft(waves).abs().square()
+    return (energy[:, round(energy.shape[1] * hz / 24_000):].sum(1) / energy.sum(1)).mean().item()
+
+
+class Recordings:
+    """Real clips: mels by rate {rate: (N, T, 64)}, waves at 48 kHz, and the class of each (N,)."""
+
+    def __init__(self, rows: list[dict], names: list[str], folder: Path, seconds: float, device: torch.device):
+        clips = [Clip(folder / row["path"], row["caption"], *inspect(folder / row["path"])) for row in rows]
+        self.labels = torch.tensor([names.index(row["class"]) for row in rows], device=device)
+        self.mels = {}
+        for rate in RATES:                               # 48 kHz is the last
+            self.waves = torch.stack([clip.read(rate, 0, seconds) for clip in clips]).to(device)
+            self.mels[rate] = mel_spectrogram(self.waves, rate)
+
+
+def generate(model: SRCgAudio, prompts: list[str], rate: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """-> mels before the vocoder (B, T, 64), and waves (B, L)."""
+    vocoder, mels, waves = model.vocoders[rate], [], []
+    for first in trange(0, len(prompts), args.batch, desc=f"{rate} Hz", leave=False):
+        model.vocoders[rate] = nn.Identity()             # lets the mel through
+        mel = model.generate(prompts[first:first + args.batch], rate, steps=args.steps, guidance=args.guidance,
+                             seed=args.seed + first)
+        model.vocoders[rate] = vocoder
+        with torch.inference_mode(), autocast(model.device, model.precision):
+            waves.append(vocoder(mel))
+        mels.append(mel)
+    return torch.cat(mels), torch.cat(waves)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a CSV with the columns path, caption, class and fold")
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--clips", type=int, default=200, help="at each rate and of each kind of prompt")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--epochs", type=int, default=30, help="of the judges")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rates", type=int, nargs="+", default=list(RATES))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    model = SRCgAudio.load(args.checkpoint).to(device)
+
+    with open(args.data, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"path", "caption", "class", "fold"} <= set(rows[0]):
+        raise ValueError(f"{args.data}: no CSV with the columns path, caption, class and fold")
+    names = sorted({row["class"] for row in rows})
+    if set(names) - set(NEW_WORDINGS):
+        raise ValueError(f"{args.data}: {', '.join(set(names) - set(NEW_WORDINGS))}: add new wordings to {__file__}")
+    if args.clips < len(names):
+        raise ValueError(f"--clips must be at least the number of classes, {len(names)}, got {args.clips}")
+    train, val = (Recordings([row for row in rows if (row["fold"] == "4") == held_out], names, args.data.parent,
+                             model.config.seconds, device) for held_out in (False, True))
+    rate_labels = torch.arange(len(RATES), device=device)
+    judges = {}
+    for title, labels_of in (("class", lambda data: data.labels.repeat(len(RATES))),
+                             ("rate", lambda data: rate_labels.repeat_interleave(len(data.labels)))):
+        classes = len(names) if title == "class" else len(RATES)
+        with torch.enable_grad():
+            judges[title] = train_judge(torch.cat(list(train.mels.values())), labels_of(train), classes, args.epochs)
+        right = share_right(judges[title], torch.cat(list(val.mels.values())), labels_of(val))
+        print(f"the judge of the {title} is right on {right:.0%} of real clips that it has not heard", flush=True)
+
+    print("\n| rate | mel -> wave -> mel, L1 | with the VAE, L1 |\n|---|---|---|")
+    for rate in args.rates:
+        copied, through_vae = [], []
+        with autocast(device, model.precision):
+            for mel in val.mels[rate].split(1):
+                for copy, heard in ((copied, mel), (through_vae, model.vae.decode(model.vae.encode(mel)[0]))):
+                    copy.append(mel_loss(mel, mel_spectrogram(model.vocoders[rate](heard), rate)).item())
+        print(f"| {rate} | {sum(copied) / len(copied):.2f} | {sum(through_vae) / len(through_vae):.2f} |", flush=True)
+
+    captions = {name: sorted({row["caption"] for row in rows if row["class"] == name}) for name in names}
+    labels = torch.arange(args.clips, device=device) % len(names)
+    turns = [(names[i % len(names)], i // len(names)) for i in range(args.clips)]        # class after class
+    known = [captions[name][turn % len(captions[name])] for name, turn in turns]
+    new = [NEW_WORDINGS[name][turn % len(NEW_WORDINGS[name])] for name, turn in turns]
+    print("\n| rate | class right | new wordings | rate right, before the vocoder "
+          "| distance between seeds / real | nearest training clip / fold 4's |\n" + "|---" * 6 + "|")
+    by_class, waves = {name: [] for name in names}, None
+    for rate in args.rates:
+        mels, waves = generate(model, known, rate, args)
+        heard = mel_spectrogram(waves, rate)
+        predicted = torch.cat([judges["class"](part) for part in heard.split(64)]).argmax(1)
+        for i, name in enumerate(names):
+            by_class[name].append((predicted == labels)[labels == i].float().mean().item())
+        _, new_waves = generate(model, new, rate, args)
+        which = torch.full((args.clips,), list(RATES).index(rate), device=device)
+        # Seeds of one prompt against real clips of its class
+        pairs = [(between(heard[[i for i, text in enumerate(known) if text == caption]]),
+                  between(val.mels[rate][val.labels == names.index(name)]))
+                 for name in names for caption in captions[name] if known.count(caption) > 1]
+        diversity = sum(a / b for a, b in pairs) / len(pairs) if pairs else float("nan")
+        nearest = shifted_distances(heard, train.mels[rate]).amin(1).min()
+        usual = shifted_distances(val.mels[rate], train.mels[rate]).amin(1).median()
+        print(f"| {rate} | {(predicted == labels).float().mean():.0%} "
+              f"| {share_right(judges['class'], mel_spectrogram(new_waves, rate), labels):.0%} "
+              f"| {share_right(judges['rate'], mels, which):.0%} | {diversity:.2f} | {nearest / usual:.2f} |", flush=True)
+
+    print("\n| class | right at " + ", ".join(map(str, args.rates))
+          + " | energy above 8 kHz at 48 kHz, generated / real | above 12 kHz |\n" + "|---" * 4 + "|")
+    for i, name in enumerate(names):
+        shares = [f"{share_above(waves[labels == i], hz):.4f} / {share_above(val.waves[val.labels == i], hz):.4f}"
+                  for hz in (8_000, 12_000)] if args.rates[-1] == 48_000 else ["", ""]
+        print(f"| {name} | {', '.join(f'{share:.0%}' for share in by_class[name])} | {shares[0]} | {shares[1]} |")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
