@@ -244,8 +244,11 @@ class Row(NamedTuple):
     path: Path | None = None                             # of the audio, where the row gives it
 
 
-def read_rows(source: Path, captions: bool, split: str) -> list[Row]:
-    """The rows of a caption file, in any of the formats that `find_clips` names.  Raises ValueError naming the file."""
+def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Row]:
+    """The rows of a caption file, in any of the formats that `find_clips` names; folder: with its audio.
+
+    Raises ValueError naming the file.
+    """
     if source.suffix.lower() == ".json":                 # WavCaps
         entries = read_json(source).get("data")
         if not isinstance(entries, list) or not all(isinstance(entry, dict) and {"id", "caption"} <= set(entry)
@@ -260,7 +263,7 @@ def read_rows(source: Path, captions: bool, split: str) -> list[Row]:
     columns, table = (lines[0], lines[1:]) if lines else ([], [])
     rows = [dict(zip_longest(columns, line, fillvalue="")) for line in table]
     if {"path", "caption"} <= set(columns) or not captions and "path" in columns:
-        return [Row([], row.get("caption", ""), path=source.parent / row["path"]) for row in rows]
+        return [Row([], row.get("caption", ""), path=folder / row["path"]) for row in rows]
     if {"audiocap_id", "youtube_id", "start_time", "caption"} <= set(columns):
         return [Row([row["youtube_id"], f"Y{row['youtube_id']}", f"{row['youtube_id']}_{row['start_time']}",
                      row["audiocap_id"]], row["caption"], f"Y{row['youtube_id']}") for row in rows]
@@ -321,7 +324,7 @@ def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, b
     """The clips of several sources, and a line for each that is left out: its name and why.
 
     A source is a folder of audio files, or a caption file and, where its audio is not beside it, the folder with it:
-        path,caption        a CSV with these columns, paths relative to it
+        path,caption        a CSV with these columns, paths relative to the folder
         AudioCaps           its CSV (audiocap_id,youtube_id,start_time,caption)
         WavCaps             one of its JSON files
         VGGSound            vggsound.csv; its labels are the captions; rows of `split` alone
@@ -343,10 +346,11 @@ def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, b
             continue
         if not source.is_file():
             raise ValueError(f"{source}: no such caption file or folder")
-        rows = read_rows(source, captions, split)
+        folder = folders[0] if folders else source.parent
+        rows = read_rows(source, folder, captions, split)
         files: dict[str, list[Path]] = {}
         if any(row.path is None for row in rows):
-            for path in audio_files(folders[0] if folders else source.parent):
+            for path in audio_files(folder):
                 files.setdefault(path.stem, []).append(path)
         for row in rows:
             try:

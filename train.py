@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import weights
-from data import Cache, Clip, digest, file_digest, find_clips, read_array
+from data import Cache, Clip, digest, file_digest, find_clips, read_array, read_rows
 from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule, SRCgAudio, TextEncoder, autocast,
                        build, check_rate, diffusion_loss, exit_cleanly, mel_spectrogram, pick_device, pick_precision)
 from unet import ResBlock, Transformer, UNet
@@ -64,6 +64,7 @@ class Settings:
     frames: int = 0                                      # length of the random crops; the LDM takes whole clips
     long_epochs: int = 0                                 # the last ones: an eighth of the crops, eight times as long
     discriminators: tuple[int, int] = (0, 0)             # widths of the period and the scale discriminators
+    mel_share: float = 0.0                               # the first epochs have the mel loss alone, three times as fast
     validate_every: int = 1                              # epochs
 
 
@@ -75,7 +76,7 @@ SETTINGS = {
     },
     "small": {                                           # what fits an hour on two CPU cores; more epochs sound better
         "vae": Settings(epochs=8, batch=8, lr=2e-3, frames=48, long_epochs=1, validate_every=8),
-        "vocoder": Settings(epochs=8, batch=8, lr=2e-3, frames=16, discriminators=(2, 8), validate_every=4),
+        "vocoder": Settings(epochs=40, batch=4, lr=2e-3, frames=32, discriminators=(2, 8), mel_share=0.85, validate_every=17),
         "ldm": Settings(epochs=4, batch=8, lr=1e-3, validate_every=4),
     },
     # 40 epochs: III-B.  The LDM's learning rate: Tango's published training command, as linear decay is.  Vocoder:
@@ -87,6 +88,9 @@ SETTINGS = {
     },
 }
 KL_WEIGHT = 1e-4                                         # of the KL against the L1, both means
+# Standard deviation of z_0.  At 1, z_T would still tell how loud the whole clip is, since alpha_bar_T is 0.005 and not
+# 0; sampling starts from noise that tells nothing, and all clips would come out equally loud.
+LATENT_STD = 0.3
 NULL_CAPTIONS = 0.1                                      # share of captions emptied, for Eq. (4)
 EMA_DECAY = 0.999
 CLIP_NORM = 1.0
@@ -105,6 +109,7 @@ class Run:
     any_rate: bool                                       # train rates above a clip's own too (gAudio-FT, Table II)
     start: Path | None                                   # the checkpoint whose weights are the start
     train_text_encoder: bool
+    tokenizer_captions: list[str]                        # the tokenizer learns from these too
     seed: int
     device: torch.device
     precision: torch.dtype
@@ -220,6 +225,9 @@ class Plan:
             return self.first_long + (step - self.short_steps) * self.long_batch, self.long_batch
         return step * self.settings.batch, self.settings.batch
 
+    def epoch(self, step: int) -> int:
+        return self.position(step)[0] // self.items
+
     def batch(self, step: int) -> list[tuple[int, int]]:
         """The (epoch, item) of each item."""
         first, size = self.position(step)
@@ -237,7 +245,7 @@ class Plan:
 
     def validates(self, step: int) -> bool:
         """Whether validation is due after so many steps."""
-        before, after = (self.position(s)[0] // self.items // self.settings.validate_every for s in (step - 1, step))
+        before, after = (self.epoch(s) // self.settings.validate_every for s in (step - 1, step))
         return step == self.steps or after > before
 
 
@@ -317,8 +325,8 @@ def read_state(path: Path, identity: dict[str, str]) -> dict | None:
 def fit(name: str, make_job, settings: Settings, run: Run) -> None:
     """The loop of every job: steps, validation, the best weights kept, a state to go on from, a log of losses.
 
-    make_job(run, settings) -> a job: data, with `items`, and collate; network; ema; optimizers; step(parts) and
-    validate(), each -> losses by name with "loss" among them; save(), which writes the weights that validate judged;
+    make_job(run, settings) -> a job: data, with `items`, and collate; network; ema; optimizers; step(parts, epoch)
+    and validate(), each -> losses by name with "loss" among them; save(), which writes the weights that validate judged;
     kept, the parts of its state by name; identity, what else they depend on.
     """
     state_path, log_path = run.folder / f"{name}_state.pt", run.folder / f"{name}.csv"
@@ -354,7 +362,7 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
         while step < plan.steps:
             for optimizer in job.optimizers:
                 optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / plan.steps)
-            losses = job.step([next(loader) for _ in range(run.accumulate)])
+            losses = job.step([next(loader) for _ in range(run.accumulate)], plan.epoch(step))
             losses = mean_over_processes(losses | {"stop": asked.to(run.device)})
             stop = losses.pop("stop") > 0
             if not all(map(math.isfinite, losses.values())):
@@ -477,7 +485,7 @@ class TrainVAE:
         self.data = MelCrops(run, run.items(run.train), settings)
         self.val_items = run.items(run.val)
 
-    def step(self, parts: list) -> dict[str, Tensor]:
+    def step(self, parts: list, _epoch: int) -> dict[str, Tensor]:
         return descend(self.distributed, self.optimizer, parts, self.losses)
 
     def losses(self, part: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -488,7 +496,7 @@ class TrainVAE:
         return {"loss": loss, "l1": l1}
 
     def validate(self) -> dict[str, float]:
-        """Log-mel L1 of encoding and decoding; also sets the scale factor."""
+        """Log-mel L1 of encoding and decoding."""
         losses, latents = {rate: [] for rate in self.run.rates}, []
         for clip, rate in tqdm(self.val_items, "validating", leave=False):
             mel = mel_spectrogram(clip.read(rate, 0, self.run.config.seconds)[None], rate).to(self.run.device)
@@ -497,11 +505,14 @@ class TrainVAE:
                 decoded = self.ema.network.decode(mean)
             latents.append(mean)
             losses[rate].append(mel_loss(mel, decoded).item())
-        self.ema.network.scale_factor.fill_(1 / torch.cat(latents).std().item())
+        self.moments = [f(torch.cat(latents), dim=(0, 2, 3)) for f in (torch.mean, torch.std)]         # (8,) each
         return mean_by_rate(losses)
 
     def save(self) -> None:
-        weights.save(self.ema.network.state_dict(), self.run.folder / "vae.pt")
+        vae = copy.deepcopy(self.ema.network)
+        vae.normalize_latents(*self.moments)
+        vae.scale_factor.fill_(LATENT_STD)
+        weights.save(vae.state_dict(), self.run.folder / "vae.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -513,7 +524,7 @@ class TrainVocoder:
     identity = {}
 
     def __init__(self, rate: int, run: Run, settings: Settings):
-        self.run, self.rate = run, rate
+        self.run, self.rate, self.settings = run, rate, settings
         plain = Generator(strides=STRIDES[rate], **run.config.vocoder)
         initialize(plain)
         self.discriminators = Discriminators(*settings.discriminators).to(run.device)
@@ -547,12 +558,20 @@ class TrainVocoder:
         if path.is_file():
             weights.load(self.discriminators, weights.read(path), path)
 
-    def step(self, parts: list[Tensor]) -> dict[str, Tensor]:
+    def step(self, parts: list[Tensor], epoch: int) -> dict[str, Tensor]:
+        if epoch < self.settings.mel_share * self.settings.epochs:
+            return descend(self.distributed, self.optimizers[0], parts, self.mel_losses)
         judging = descend(self.distributed_d, self.optimizers[1], parts, self.judging_losses)
         self.discriminators.requires_grad_(False)        # the generator's step needs no gradients of theirs
         losses = descend(self.distributed, self.optimizers[0], parts, self.generating_losses)
         self.discriminators.requires_grad_(True)
         return losses | {"discriminators": judging["loss"], "gradient_norm_d": judging["gradient_norm"]}
+
+    def mel_losses(self, wave: Tensor) -> dict[str, Tensor]:
+        mel = mel_spectrogram(wave.to(self.run.device), self.rate)                           # (B, L / hop, 64)
+        with autocast(self.run.device, self.run.precision):
+            generated = self.distributed(mel)                                                # (B, L)
+        return {"loss": mel_loss(mel, mel_spectrogram(generated, self.rate))}
 
     def judging_losses(self, wave: Tensor) -> dict[str, Tensor]:
         wave = wave.to(self.run.device)                                                      # (B, L)
@@ -724,8 +743,8 @@ class TrainLDM:
             return SRCgAudio.load_text_encoder(run.start)
         encoder = TextEncoder(**config.text_encoder)
         encoder.initialize(torch.Generator().manual_seed(run.seed))
-        encoder.tokenizer = train_tokenizer(sorted({clip.caption for clip in run.train}),
-                                            config.text_encoder["vocabulary"])
+        captions = {clip.caption for clip in run.train} | set(run.tokenizer_captions)
+        encoder.tokenizer = train_tokenizer(sorted(captions), config.text_encoder["vocabulary"])
         return encoder
 
     def cached(self, items: list, keys: list[bytes], load, compute, title: str) -> np.ndarray:
@@ -750,7 +769,7 @@ class TrainLDM:
     def encode_caption(self, caption: str) -> Tensor:
         return self.text_encoder.encode([caption])[0][0]                                     # (N, d)
 
-    def step(self, parts: list) -> dict[str, Tensor]:
+    def step(self, parts: list, _epoch: int) -> dict[str, Tensor]:
         return descend(self.distributed, self.optimizer, parts, self.losses)
 
     def losses(self, part: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -828,6 +847,8 @@ def parse() -> argparse.Namespace:
         help="start from the weights of this checkpoint; a vocoder may start from one of another rate")
     add("--flan-t5", type=Path, metavar="FOLDER", help="a FLAN-T5 for the LDM, instead of a small text encoder")
     add("--train-text-encoder", action="store_true", help="train the small text encoder along with the U-Net")
+    add("--tokenizer-captions", type=Path, metavar="FILE",
+        help="the small text encoder's tokenizer learns from this caption file's captions too")
     add("--epochs", type=int, help="instead of the preset's")
     add("--batch", type=int, help="items of a step, over all processes, instead of the preset's")
     add("--lr", type=float, help="instead of the preset's")
@@ -903,8 +924,12 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         train = [clip for i, clip in enumerate(train) if i not in held_out]
         if not train:
             raise ValueError(f"{args.data[0][0]}: one clip is too few; validation holds out another")
+    tokenizer_captions = []
+    if args.tokenizer_captions:
+        rows = read_rows(args.tokenizer_captions, args.tokenizer_captions.parent, captions=True, split="train")
+        tokenizer_captions = [row.caption for row in rows]
     run = Run(folder, config, train, val, sorted(set(args.rates)), args.any_rate, args.start_from,
-              args.train_text_encoder, args.seed, device, pick_precision(device, args.precision), args.workers, cache,
+              args.train_text_encoder, tokenizer_captions, args.seed, device, pick_precision(device, args.precision), args.workers, cache,
               args.accumulate, args.activation_checkpointing, args.save_minutes, args.plot)
     report(run, left_out)
     SRCgAudio.save_config(config, folder)

@@ -7,8 +7,7 @@ channel and becomes a latent with 8 channels, a quarter as long and a quarter as
     decode   z (B, 8, T/4, 16) -> mel (B, T, 64)
 
 A mel has 100 frames a second at every sampling rate, so this one network serves all four rates.
-The moments are unscaled.  `scale_factor` brings latents to unit variance for the diffusion model:
-z_0 = scale_factor * z, undone before decoding.
+The moments are unscaled.  The diffusion model's z_0 = scale_factor * z, undone before decoding.
 """
 import warnings
 from pathlib import Path
@@ -200,7 +199,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(widths, blocks, self.LATENT)
         self.quant_conv = nn.Conv2d(2 * self.LATENT, 2 * self.LATENT, 1)
         self.post_quant_conv = nn.Conv2d(self.LATENT, self.LATENT, 1)
-        self.register_buffer("scale_factor", torch.ones(()))     # 1 / standard deviation of z over the training data
+        self.register_buffer("scale_factor", torch.ones(()))
 
     def encode(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """mel (B, T, 64) -> mean and logvar of q(z | mel) = N(mean, exp(logvar)), each (B, 8, T/4, 16), unscaled."""
@@ -219,6 +218,19 @@ class VAE(nn.Module):
         """What training takes: mel (B, T, 64) and standard normal noise (B, 8, T/4, 16) -> decoded, mean, logvar."""
         mean, logvar = self.encode(mel)
         return self.decode(sample_posterior(mean, logvar, eps)), mean, logvar
+
+    @torch.no_grad()
+    def normalize_latents(self, mean: Tensor, std: Tensor) -> None:
+        """Give each channel of the latent zero mean and unit standard deviation; mean, std: (8,), what they are now.
+
+        The layer that makes the latent and the one that reads it are linear: what is decoded stays the same.
+        """
+        made, read, n = self.quant_conv, self.post_quant_conv, self.LATENT
+        made.weight[:n] /= std[:, None, None, None]
+        made.bias[:n] = (made.bias[:n] - mean) / std
+        made.bias[n:] -= 2 * std.log()                                             # the log-variance
+        read.bias += read.weight[:, :, 0, 0] @ mean
+        read.weight *= std[:, None, None]
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "VAE":

@@ -2,9 +2,11 @@
 
     python weights.py import --checkpoint runs/tango --unet tango/pytorch_model_main.bin --vae ...
     python weights.py export --checkpoint runs/mine --out exported
+    python weights.py halve --checkpoint runs/mine --out mine
 
 `import` makes a checkpoint folder from published files, `export` writes U-Net, VAE and text encoder as folders that
-diffusers and transformers open.  Elsewhere weights are flat dicts of tensors with dotted names.
+diffusers and transformers open, `halve` copies a checkpoint with its weights in float16, without what only training
+needs.  Elsewhere weights are flat dicts of tensors with dotted names.
 
 A weight file comes from a stranger.  Nothing here runs code from one, every size is checked against the file before
 memory is taken for it, and files are memory-mapped: tensors that nobody needs are never read.
@@ -472,6 +474,19 @@ def export_checkpoint(args: argparse.Namespace) -> None:
     print(f"{args.out}: {', '.join(out)}")
 
 
+def halve_checkpoint(args: argparse.Namespace) -> None:
+    """A checkpoint folder in float16, half the size: what generates, and nothing else."""
+    from srcgaudio import SRCgAudio                      # which imports this module
+
+    if (args.out / "config.json").exists() and not args.overwrite:
+        raise ValueError(f"{args.out / 'config.json'} exists; name another --out, or say --overwrite")
+    model = SRCgAudio.load(args.checkpoint)
+    for part in (model.text_encoder, model.vae, model.unet, *model.vocoders.values()):
+        part.half()
+    model.save(args.out)
+    print(f"{args.out}: {sum(path.stat().st_size for path in args.out.iterdir()) / 1e6:.1f} MB")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Published weights in, ours out.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -494,6 +509,9 @@ def parse() -> argparse.Namespace:
     exporting = commands.add_parser("export", parents=[overwrite], help="write folders for diffusers and transformers")
     exporting.add_argument("--checkpoint", required=True, type=Path, metavar="FOLDER")
     exporting.add_argument("--out", required=True, type=Path, metavar="FOLDER")
+    halving = commands.add_parser("halve", parents=[overwrite], help="copy a checkpoint in float16")
+    halving.add_argument("--checkpoint", required=True, type=Path, metavar="FOLDER")
+    halving.add_argument("--out", required=True, type=Path, metavar="FOLDER")
 
     args = parser.parse_args()
     if args.command == "import":
@@ -507,7 +525,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    {"import": import_checkpoint, "export": export_checkpoint}[args.command](args)
+    {"import": import_checkpoint, "export": export_checkpoint, "halve": halve_checkpoint}[args.command](args)
 
 
 if __name__ == "__main__":

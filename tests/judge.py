@@ -1,9 +1,9 @@
 """Does a trained model do what it is told?  Two small networks that have learnt from real recordings are the judges.
 
-    python tests/judge.py --data esc10/captions.csv --checkpoint runs/small --clips 200 --steps 50
+    python tests/judge.py --train small/train.csv --val small/val.csv --audio ESC-50/audio --clips 200 --steps 50
 
-The captions' columns are path, caption, class and fold.  The judges learn from folds 1 to 3, the model's own training
-data, and prove themselves on fold 4: one names the class of a log-mel, the other its sampling rate.  Then they hear
+The columns of both are path, caption and class.  The judges learn from the model's own training data, and prove
+themselves on recordings that neither has heard: one names the class of a log-mel, the other its sampling rate.  Then they hear
 `--clips` clips at each rate, made from prompts of the training data and from wordings that it lacks.  Also measured:
 copy-synthesis, the highs of the 48 kHz output, how much the clips of one prompt differ, and how near they come to a
 recording that the model was trained on.
@@ -128,8 +128,10 @@ def generate(model: SRCgAudio, prompts: list[str], rate: int, args: argparse.Nam
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a CSV with the columns path, caption, class and fold")
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--train", type=Path, required=True, help="a CSV with the columns path, caption and class")
+    parser.add_argument("--val", type=Path, required=True, help="the same")
+    parser.add_argument("--audio", type=Path, required=True, help="the folder that the paths are relative to")
+    parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent.parent / "small")
     parser.add_argument("--clips", type=int, default=200, help="at each rate and of each kind of prompt")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -143,17 +145,19 @@ def main() -> None:
     device = pick_device(args.device)
     model = SRCgAudio.load(args.checkpoint).to(device)
 
-    with open(args.data, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"path", "caption", "class", "fold"} <= set(rows[0]):
-        raise ValueError(f"{args.data}: no CSV with the columns path, caption, class and fold")
-    names = sorted({row["class"] for row in rows})
+    rows = {}
+    for path in (args.train, args.val):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows[path] = list(csv.DictReader(file))
+        if not rows[path] or not {"path", "caption", "class"} <= set(rows[path][0]):
+            raise ValueError(f"{path}: no CSV with the columns path, caption and class")
+    names = sorted({row["class"] for row in rows[args.train]})
     if set(names) - set(NEW_WORDINGS):
-        raise ValueError(f"{args.data}: {', '.join(set(names) - set(NEW_WORDINGS))}: add new wordings to {__file__}")
+        raise ValueError(f"{args.train}: {', '.join(set(names) - set(NEW_WORDINGS))}: add new wordings to {__file__}")
     if args.clips < len(names):
         raise ValueError(f"--clips must be at least the number of classes, {len(names)}, got {args.clips}")
-    train, val = (Recordings([row for row in rows if (row["fold"] == "4") == held_out], names, args.data.parent,
-                             model.config.seconds, device) for held_out in (False, True))
+    train, val = (Recordings(rows[path], names, args.audio, model.config.seconds, device)
+                  for path in (args.train, args.val))
     rate_labels = torch.arange(len(RATES), device=device)
     judges = {}
     for title, labels_of in (("class", lambda data: data.labels.repeat(len(RATES))),
@@ -173,13 +177,13 @@ def main() -> None:
                     copy.append(mel_loss(mel, mel_spectrogram(model.vocoders[rate](heard), rate)).item())
         print(f"| {rate} | {sum(copied) / len(copied):.2f} | {sum(through_vae) / len(through_vae):.2f} |", flush=True)
 
-    captions = {name: sorted({row["caption"] for row in rows if row["class"] == name}) for name in names}
+    captions = {name: sorted({row["caption"] for row in rows[args.train] if row["class"] == name}) for name in names}
     labels = torch.arange(args.clips, device=device) % len(names)
     turns = [(names[i % len(names)], i // len(names)) for i in range(args.clips)]        # class after class
     known = [captions[name][turn % len(captions[name])] for name, turn in turns]
     new = [NEW_WORDINGS[name][turn % len(NEW_WORDINGS[name])] for name, turn in turns]
     print("\n| rate | class right | new wordings | rate right, before the vocoder "
-          "| distance between seeds / real | nearest training clip / fold 4's |\n" + "|---" * 6 + "|")
+          "| distance between seeds / real | nearest training clip / of real ones |\n" + "|---" * 6 + "|")
     by_class, waves = {name: [] for name in names}, None
     for rate in args.rates:
         mels, waves = generate(model, known, rate, args)

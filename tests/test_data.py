@@ -102,6 +102,14 @@ def test_a_csv_and_a_folder_hold_the_same_clips(clips, cache):
     assert clips[0].caption == "an infant cries loudly"
 
 
+def test_paths_are_relative_to_the_csv_or_to_the_folder_that_is_named(clips, cache, tmp_path):
+    elsewhere = tmp_path / "clips.csv"
+    elsewhere.write_bytes(CAPTIONS.read_bytes())
+    assert find_clips([[elsewhere, CAPTIONS.parent]], cache) == (clips, [])
+    with pytest.raises(ValueError, match="no clips to use; 20 left out"):
+        find_clips([[elsewhere]], cache)
+
+
 def write(path, samples, rate=16_000):
     subtype = "FLOAT" if path.suffix == ".wav" else None
     soundfile.write(path, np.asarray(samples, dtype=np.float32), rate, subtype)

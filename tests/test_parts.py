@@ -22,6 +22,21 @@ def test_vae_shapes():
         VAE((30, 60, 120))
 
 
+def test_normalized_latents_decode_to_the_same():
+    torch.manual_seed(0)
+    vae, mel = VAE((32, 32, 64), blocks=1), torch.randn(4, 48, 64)
+    with torch.no_grad():
+        vae.quant_conv.weight *= torch.linspace(0.5, 4, 16)[:, None, None, None]
+        mean, logvar = vae.encode(mel)
+        decoded = vae.decode(mean)
+        vae.normalize_latents(mean.mean((0, 2, 3)), mean.std((0, 2, 3)))
+        new_mean, new_logvar = vae.encode(mel)
+    torch.testing.assert_close(vae.decode(new_mean), decoded, rtol=0, atol=1e-5)
+    torch.testing.assert_close(new_mean.mean((0, 2, 3)), torch.zeros(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(new_mean.std((0, 2, 3)), torch.ones(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close((new_logvar / 2).exp(), (logvar / 2).exp() / mean.std((0, 2, 3))[:, None, None])
+
+
 def test_vae_loss_is_l1_and_the_kl_to_a_standard_normal():
     mel, moments = torch.zeros(1, 4, 64), torch.zeros(1, 8, 1, 16)
     assert vae_loss(mel, mel + 2, moments, moments, kl_weight=1.0)[0].item() == 2        # N(0, 1): no KL

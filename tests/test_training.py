@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,28 @@ def test_processes_and_parts_share_each_batch(monkeypatch):
     assert sorted(taken) == sorted(plan.batch(3))
     with pytest.raises(ValueError, match="a batch of 10 can't be shared by 3 processes in 2"):
         Plan(50, Settings(2, 10, 1e-3), Run)
+
+
+def test_a_vocoder_begins_with_the_mel_loss_alone(start, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.LOG_EVERY", 1)
+    settings = replace(train.SETTINGS["tiny"]["vocoder"], mel_share=0.75)
+    monkeypatch.setitem(train.SETTINGS["tiny"], "vocoder", settings)
+    assert command(*start("vocoder", tmp_path / "run"))[0] == 0
+    logged = losses(tmp_path / "run", "vocoder")
+    steps = {int(step) for step, name in logged if name == "train_loss"}
+    judged = {int(step) for step, name in logged if name == "train_discriminators"}
+    assert steps == set(range(1, 9)) and judged == {7, 8}             # eight epochs of four clips, batches of four
+
+
+def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, command, tmp_path, checkpoint):
+    folder = shutil.copytree(checkpoint, tmp_path / "start")
+    (folder / "text_encoder.pt").unlink()
+    (tmp_path / "more.csv").write_text("path,caption\n" + "a.wav,zithers jingle\n" * 9)
+    status, _, err = command(*start("ldm", tmp_path / "run", "--start-from", folder, "--epochs", 1,
+                                    "--tokenizer-captions", tmp_path / "more.csv"))
+    assert status == 0, err
+    tokenizer = SRCgAudio.load_text_encoder(tmp_path / "run").tokenizer
+    assert tokenizer.unk_id() not in tokenizer.encode("zithers jingle")
 
 
 # Stopped and started again

@@ -451,6 +451,22 @@ def test_exports_come_back(exported):
     assert encoder.tokenize(texts)[0].equal(model.text_encoder.tokenize(texts)[0])
 
 
+def test_half_a_checkpoint_is_half_the_size_and_sounds_the_same(run, checkpoint, tmp_path):
+    (tmp_path / "whole").mkdir()
+    for path in checkpoint.iterdir():
+        shutil.copy(path, tmp_path / "whole")
+    (tmp_path / "whole" / "discriminators_16000.pt").write_bytes(b"only for training")
+    arguments = ("halve", "--checkpoint", tmp_path / "whole", "--out", tmp_path / "half")
+    assert run(*arguments)[0] == 0
+    assert {path.name for path in (tmp_path / "half").iterdir()} == {path.name for path in checkpoint.iterdir()}
+    assert (tmp_path / "half" / "unet.pt").stat().st_size < 0.55 * (checkpoint / "unet.pt").stat().st_size
+    waves = [SRCgAudio.load(folder, [16_000]).generate(["a dog barks"], 16_000, 0.5, steps=2)
+             for folder in (checkpoint, tmp_path / "half")]
+    assert (waves[0] - waves[1]).abs().max() < 0.01 * waves[0].abs().max()
+    status, _, err = run(*arguments)
+    assert status == 2 and "config.json exists" in err and "--overwrite" in err
+
+
 def test_exports_have_the_published_names_and_shapes():
     """What a paper-size export writes is what the golden data says the published files hold."""
     with torch.device("meta"):
