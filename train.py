@@ -50,7 +50,7 @@ from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule,
 from unet import ResBlock, Transformer, UNet
 from vae import VAE, sample_posterior, vae_loss
 from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Discriminators, Generator, discriminator_loss, generator_loss,
-                     initialize, mel_loss)
+                     mel_loss)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How each preset is trained
@@ -526,7 +526,6 @@ class TrainVocoder:
     def __init__(self, rate: int, run: Run, settings: Settings):
         self.run, self.rate, self.settings = run, rate, settings
         plain = Generator(strides=STRIDES[rate], **run.config.vocoder)
-        initialize(plain)
         self.discriminators = Discriminators(*settings.discriminators).to(run.device)
         if run.start:
             self.start_from_nearest(plain)

@@ -150,13 +150,6 @@ class Generator(nn.Module):
         return sizes, tensors, path, names
 
 
-def initialize(generator: Generator) -> None:
-    """HiFi-GAN's start: small normal weights after the first layer."""
-    for conv in [*generator.ups, *generator.resblocks.modules(), generator.conv_post]:
-        if isinstance(conv, (Conv1d, ConvTranspose1d)):
-            nn.init.normal_(conv.weight, 0.0, 0.01)
-
-
 class PeriodDiscriminator(nn.Module):
     """Folds the wave into rows of `period` samples and judges each column for itself, (B, L) -> score, features."""
 

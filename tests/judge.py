@@ -10,6 +10,7 @@ recording that the model was trained on.
 """
 import argparse
 import csv
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -111,6 +112,26 @@ class Recordings:
             self.mels[rate] = mel_spectrogram(self.waves, rate)
 
 
+def draw(pairs: list[tuple[str, Tensor, Tensor]], path: Path) -> None:
+    """Pairs of mels (T, 64), a real one above a generated one, each pair a column; five columns a row."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(5, len(pairs))
+    rows = -(-len(pairs) // columns)
+    figure, axes = pyplot.subplots(2 * rows, columns, figsize=(2.4 * columns, 3 * rows), layout="constrained",
+                                   squeeze=False)
+    for i, (title, *mels) in enumerate(pairs):
+        for kind, mel, row in zip(("real", "generated"), mels, (0, 1)):
+            panel = axes[2 * (i // columns) + row, i % columns]
+            panel.imshow(mel.T.cpu(), origin="lower", aspect="auto", vmin=-11.5, vmax=2)
+            panel.set_title(f"{title}, {kind}", fontsize=8)
+            panel.set_axis_off()
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
 def generate(model: SRCgAudio, prompts: list[str], rate: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """-> mels before the vocoder (B, T, 64), and waves (B, L)."""
     vocoder, mels, waves = model.vocoders[rate], [], []
@@ -138,6 +159,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30, help="of the judges")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rates", type=int, nargs="+", default=list(RATES))
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw mels there (takes matplotlib)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -154,6 +176,10 @@ def main() -> None:
     names = sorted({row["class"] for row in rows[args.train]})
     if set(names) - set(NEW_WORDINGS):
         raise ValueError(f"{args.train}: {', '.join(set(names) - set(NEW_WORDINGS))}: add new wordings to {__file__}")
+    if args.pictures:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--pictures takes matplotlib, which is not installed: pip install matplotlib")
+        args.pictures.mkdir(parents=True, exist_ok=True)
     if args.clips < len(names):
         raise ValueError(f"--clips must be at least the number of classes, {len(names)}, got {args.clips}")
     train, val = (Recordings(rows[path], names, args.audio, model.config.seconds, device)
@@ -184,13 +210,15 @@ def main() -> None:
     new = [NEW_WORDINGS[name][turn % len(NEW_WORDINGS[name])] for name, turn in turns]
     print("\n| rate | class right | new wordings | rate right, before the vocoder "
           "| distance between seeds / real | nearest training clip / of real ones |\n" + "|---" * 6 + "|")
-    by_class, waves = {name: [] for name in names}, None
+    by_class, waves, at_all_rates = {name: [] for name in names}, None, []
     for rate in args.rates:
         mels, waves = generate(model, known, rate, args)
         heard = mel_spectrogram(waves, rate)
         predicted = torch.cat([judges["class"](part) for part in heard.split(64)]).argmax(1)
         for i, name in enumerate(names):
             by_class[name].append((predicted == labels)[labels == i].float().mean().item())
+        pairs = [(name, val.mels[rate][val.labels == i][0], heard[i]) for i, name in enumerate(names)]
+        at_all_rates.append((f"{names[0]}, {rate // 1000} kHz", *pairs[0][1:]))
         _, new_waves = generate(model, new, rate, args)
         which = torch.full((args.clips,), list(RATES).index(rate), device=device)
         # Seeds of one prompt against real clips of its class
@@ -203,6 +231,10 @@ def main() -> None:
         print(f"| {rate} | {(predicted == labels).float().mean():.0%} "
               f"| {share_right(judges['class'], mel_spectrogram(new_waves, rate), labels):.0%} "
               f"| {share_right(judges['rate'], mels, which):.0%} | {diversity:.2f} | {nearest / usual:.2f} |", flush=True)
+
+    if args.pictures:
+        draw(pairs, args.pictures / "classes.png")
+        draw(at_all_rates, args.pictures / "rates.png")
 
     print("\n| class | right at " + ", ".join(map(str, args.rates))
           + " | energy above 8 kHz at 48 kHz, generated / real | above 12 kHz |\n" + "|---" * 4 + "|")
