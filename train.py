@@ -851,6 +851,8 @@ def parse() -> argparse.Namespace:
     add("--epochs", type=int, help="instead of the preset's")
     add("--batch", type=int, help="items of a step, over all processes, instead of the preset's")
     add("--lr", type=float, help="instead of the preset's")
+    add("--mel-share", type=float, metavar="SHARE",
+        help="instead of the preset's: the part of a vocoder's epochs, 0 to 1, that has the mel loss alone")
     add("--accumulate", type=int, default=1, metavar="PARTS", help="take each batch in so many parts, to save memory")
     add("--activation-checkpointing", action="store_true", help="LDM: compute activations twice, to save memory")
     add("--save-minutes", type=float, default=10, metavar="M", help="time between states to go on from (default: 10)")
@@ -872,6 +874,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} must be above 0, got {value}")
+    if args.mel_share is not None and not 0 <= args.mel_share <= 1:
+        raise ValueError(f"--mel-share must be from 0 to 1, got {args.mel_share}")
     if not 0 <= args.seed < 2 ** 31 or args.workers < 0 or not args.save_minutes >= 0:
         raise ValueError("--seed must be from 0 to 2^31 - 1, --workers and --save-minutes at least 0")
     if args.no_rate_token and len(set(args.rates)) > 1:
@@ -963,7 +967,8 @@ def main() -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     with main_process_first():
         run = prepare(args, device)
-    changes = {name: getattr(args, name) for name in ("epochs", "batch", "lr") if getattr(args, name) is not None}
+    names = ("epochs", "batch", "lr", "mel_share")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for job in args.jobs:
         settings = replace(SETTINGS[run.config.preset][job], **changes)
         if job == "vae":

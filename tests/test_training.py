@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,9 +91,7 @@ def test_processes_and_parts_share_each_batch(monkeypatch):
 
 def test_a_vocoder_begins_with_the_mel_loss_alone(start, command, tmp_path, monkeypatch):
     monkeypatch.setattr("train.LOG_EVERY", 1)
-    settings = replace(train.SETTINGS["tiny"]["vocoder"], mel_share=0.75)
-    monkeypatch.setitem(train.SETTINGS["tiny"], "vocoder", settings)
-    assert command(*start("vocoder", tmp_path / "run"))[0] == 0
+    assert command(*start("vocoder", tmp_path / "run", "--mel-share", 0.75))[0] == 0
     logged = losses(tmp_path / "run", "vocoder")
     steps = {int(step) for step, name in logged if name == "train_loss"}
     judged = {int(step) for step, name in logged if name == "train_discriminators"}
