@@ -74,10 +74,11 @@ SETTINGS = {
         "vocoder": Settings(epochs=20, batch=8, lr=3e-3, frames=16, discriminators=(2, 8), validate_every=10),
         "ldm": Settings(epochs=40, batch=8, lr=1e-3, validate_every=10),
     },
-    "small": {                                           # what fits an hour on two CPU cores; more epochs sound better
+    "small": {                                           # the model in the box, on 238 recordings
         "vae": Settings(epochs=8, batch=8, lr=2e-3, frames=48, long_epochs=1, validate_every=8),
-        "vocoder": Settings(epochs=40, batch=4, lr=2e-3, frames=32, discriminators=(2, 8), mel_share=0.85, validate_every=17),
-        "ldm": Settings(epochs=4, batch=8, lr=1e-3, validate_every=4),
+        "vocoder": Settings(epochs=24, batch=4, lr=2e-3, frames=32, discriminators=(2, 8), mel_share=0.85,
+                            validate_every=12),
+        "ldm": Settings(epochs=12, batch=16, lr=1e-3, validate_every=4),
     },
     # 40 epochs: III-B.  The LDM's learning rate: Tango's published training command, as linear decay is.  Vocoder:
     # HiFi-GAN V1's batch and rate; its 8192 samples at 22 kHz are 0.37 s.  The rest is our choice.
@@ -326,8 +327,8 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
     """The loop of every job: steps, validation, the best weights kept, a state to go on from, a log of losses.
 
     make_job(run, settings) -> a job: data, with `items`, and collate; network; ema; optimizers; step(parts, epoch)
-    and validate(), each -> losses by name with "loss" among them; save(), which writes the weights that validate judged;
-    kept, the parts of its state by name; identity, what else they depend on.
+    and validate(), each -> losses by name with "loss" among them; save(), which writes what validate judged; kept,
+    the parts of its state by name; identity, what else they depend on.
     """
     state_path, log_path = run.folder / f"{name}_state.pt", run.folder / f"{name}.csv"
     identity = run.identity(settings)
@@ -505,7 +506,8 @@ class TrainVAE:
                 decoded = self.ema.network.decode(mean)
             latents.append(mean)
             losses[rate].append(mel_loss(mel, decoded).item())
-        self.moments = [f(torch.cat(latents), dim=(0, 2, 3)) for f in (torch.mean, torch.std)]         # (8,) each
+        z = torch.cat(latents)                                                               # (clips, 8, T/4, 16)
+        self.moments = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
         return mean_by_rate(losses)
 
     def save(self) -> None:
@@ -929,11 +931,13 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
             raise ValueError(f"{args.data[0][0]}: one clip is too few; validation holds out another")
     tokenizer_captions = []
     if args.tokenizer_captions:
+        if not args.tokenizer_captions.is_file():
+            raise ValueError(f"{args.tokenizer_captions}: no such caption file")
         rows = read_rows(args.tokenizer_captions, args.tokenizer_captions.parent, captions=True, split="train")
         tokenizer_captions = [row.caption for row in rows]
     run = Run(folder, config, train, val, sorted(set(args.rates)), args.any_rate, args.start_from,
-              args.train_text_encoder, tokenizer_captions, args.seed, device, pick_precision(device, args.precision), args.workers, cache,
-              args.accumulate, args.activation_checkpointing, args.save_minutes, args.plot)
+              args.train_text_encoder, tokenizer_captions, args.seed, device, pick_precision(device, args.precision),
+              args.workers, cache, args.accumulate, args.activation_checkpointing, args.save_minutes, args.plot)
     report(run, left_out)
     SRCgAudio.save_config(config, folder)
     return run

@@ -3,10 +3,10 @@
     python tests/judge.py --train small/train.csv --val small/val.csv --audio ESC-50/audio --clips 200 --steps 50
 
 The columns of both are path, caption and class.  The judges learn from the model's own training data, and prove
-themselves on recordings that neither has heard: one names the class of a log-mel, the other its sampling rate.  Then they hear
-`--clips` clips at each rate, made from prompts of the training data and from wordings that it lacks.  Also measured:
-copy-synthesis, the highs of the 48 kHz output, how much the clips of one prompt differ, and how near they come to a
-recording that the model was trained on.
+themselves on recordings that nothing was trained on: one names the class of a log-mel, the other its sampling rate.
+Then they hear `--clips` clips at each rate, made from prompts of the training data and from wordings that it lacks.
+Also measured: copy-synthesis, the highs of the 48 kHz output, how much the clips of one prompt differ, and how near
+they come to a recording that the model was trained on.
 """
 import argparse
 import csv
@@ -230,7 +230,8 @@ def main() -> None:
         usual = shifted_distances(val.mels[rate], train.mels[rate]).amin(1).median()
         print(f"| {rate} | {(predicted == labels).float().mean():.0%} "
               f"| {share_right(judges['class'], mel_spectrogram(new_waves, rate), labels):.0%} "
-              f"| {share_right(judges['rate'], mels, which):.0%} | {diversity:.2f} | {nearest / usual:.2f} |", flush=True)
+              f"| {share_right(judges['rate'], mels, which):.0%} | {diversity:.2f} | {nearest / usual:.2f} |",
+              flush=True)
 
     if args.pictures:
         draw(pairs, args.pictures / "classes.png")
