@@ -24,7 +24,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("prompts", nargs="*", help="the texts")
     add("--prompts-file", type=Path, metavar="FILE", help="a prompt a line, or a CSV with the columns id and caption")
-    add("--checkpoint", type=Path, default=Path("runs/tiny"), metavar="FOLDER", help="default: %(default)s")
+    add("--checkpoint", type=Path, default=Path(__file__).parent / "small", metavar="FOLDER",
+        help="default: the small model that comes with the code")
     add("--rate", type=int, nargs="+", default=[16_000], metavar="HZ",
         help="one or several of 16000 (default), 24000, 32000, 48000")
     add("--seconds", type=float, help="default: the length the model was trained on")

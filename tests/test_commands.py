@@ -20,7 +20,7 @@ from test_data import BAD_AUDIO, bad_audio
 
 import weights
 from data import Cache, find_clips
-from srcgaudio import SRCgAudio, mel_spectrogram
+from srcgaudio import RATES, SRCgAudio, mel_spectrogram
 
 ROOT = HERE.parent
 
@@ -73,6 +73,20 @@ def test_sampling_writes_wavs_at_their_rates(trained, command, tmp_path):
             path = tmp_path / "out" / f"{name}_{rate}.wav"
             wave, rate_written = soundfile.read(path)
             assert rate_written == rate and len(wave) == rate and np.abs(wave).max() > 0 and str(path) in out
+
+
+def test_the_small_model_in_the_box_knows_a_bark_from_rain(command, tmp_path):
+    assert sum(path.stat().st_size for path in (ROOT / "small").iterdir()) < 48e6
+    status, _, err = command("sample.py", "a dog barks", "rain falls steadily", "--rate", *RATES, "--steps", 15,
+                             "--out", tmp_path)
+    assert status == 0, err
+    for rate in RATES:
+        unsteady = {}
+        for name in ("a_dog_barks", "rain_falls_steadily"):
+            wave, _ = soundfile.read(tmp_path / f"{name}_{rate}.wav", dtype="float32")
+            loudness = mel_spectrogram(torch.from_numpy(wave)[None], rate).mean(2)                # (1, T)
+            unsteady[name] = loudness.std().item()
+        assert unsteady["a_dog_barks"] > 1.5 * unsteady["rain_falls_steadily"], (rate, unsteady)
 
 
 def test_the_same_seed_writes_the_same_file(checkpoint, command, tmp_path):
@@ -276,6 +290,7 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     (["vae", "--device", "cuda:99"], ["cuda:99"]),
     (["vae", "--start-from", "not_there"], ["not_there"]),
     (["ldm", "--flan-t5", "not_there"], ["not_there"]),
+    (["vae", "--tokenizer-captions", "not_there.csv"], ["not_there.csv", "no such caption file"]),
     (["ldm", "--flan-t5", "x", "--train-text-encoder"], ["--train-text-encoder"]),
     (["ldm", "--no-rate-token"], ["--rates"]),
     (["vae", "--accumulate", "3"], ["batch of 8", "3 equal parts"]),
