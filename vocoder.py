@@ -272,6 +272,15 @@ def mel_loss(mel_real: Tensor, mel_generated: Tensor) -> Tensor:
     return (mel_real - mel_generated).abs().mean()
 
 
+def stft_loss(real: Tensor, generated: Tensor, n_fft: int) -> Tensor:
+    """L1 between log-magnitudes of the spectra of waves (B, L); one of Parallel WaveGAN's losses (Yamamoto 2020)."""
+    window = torch.hann_window(n_fft, device=real.device)
+    log_real, log_generated = (
+        torch.stft(wave, n_fft, n_fft // 4, window=window, return_complex=True).abs().clamp(min=1e-4).log()
+        for wave in (real, generated))                                          # (B, n_fft / 2 + 1, frames)
+    return (log_real - log_generated).abs().mean()
+
+
 def generator_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]],
                    mel_real: Tensor, mel_generated: Tensor) -> Tensor:
     """HiFi-GAN, Eq. 5, with its weights 2 and 45."""

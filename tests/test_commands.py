@@ -285,7 +285,7 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     (["vae", "--rates", "44100"], ["44100"]),
     (["vae", "--epochs", "0"], ["--epochs"]),
     (["vae", "--lr", "nan"], ["--lr"]),
-    (["vocoder", "--mel-share", "2"], ["--mel-share", "0 to 1"]),
+    (["vocoder", "--spectral-share", "2"], ["--spectral-share", "0 to 1"]),
     (["ldm"], ["vae.pt", "job vae"]),
     (["vae", "--device", "cuda:99"], ["cuda:99"]),
     (["vae", "--start-from", "not_there"], ["not_there"]),

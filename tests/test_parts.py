@@ -8,7 +8,7 @@ import judge
 from srcgaudio import RATES
 from vae import VAE, sample_posterior, vae_loss
 from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, MultiPeriodDiscriminator, MultiScaleDiscriminator,
-                     adversarial_loss, discriminator_loss, feature_matching_loss, generator_loss)
+                     adversarial_loss, discriminator_loss, feature_matching_loss, generator_loss, stft_loss)
 
 
 def test_vae_shapes():
@@ -112,3 +112,11 @@ def test_the_judge_measures_the_highs():
     low, high = (torch.sin(2 * math.pi * hz * seconds) for hz in (5_000, 10_000))
     assert judge.share_above((low + 2 * high)[None], 8_000) == pytest.approx(0.8, abs=1e-3)
     assert judge.share_above((low + 2 * high)[None], 12_000) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_longer_window_tells_a_buzz_from_noise():
+    torch.manual_seed(0)
+    noise = 0.1 * torch.randn(1, 16_000)
+    assert stft_loss(noise, 2 * noise, 512).item() == pytest.approx(math.log(2), abs=1e-3)
+    buzz = noise[:, :160].repeat(1, 100)                                      # the same spectrum, one period a hop
+    assert stft_loss(noise, buzz, 128) < 1 < 3 < stft_loss(noise, buzz, 4096)

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CAPTIONS, HERE
 from test_commands import few_clips, one_line
 
 import train
 import weights
 from srcgaudio import SRCgAudio
-from train import Plan, Settings
+from train import Muon, Plan, Settings, orthogonal, whiten
+from vocoder import Conv1d
 
 ROOT = HERE.parent
 JOBS = {"vae": "vae.pt", "vocoder": "vocoder_16000.pt", "ldm": "unet.pt"}
@@ -89,13 +91,44 @@ def test_processes_and_parts_share_each_batch(monkeypatch):
         Plan(50, Settings(2, 10, 1e-3), Run)
 
 
-def test_a_vocoder_begins_with_the_mel_loss_alone(start, command, tmp_path, monkeypatch):
+def test_a_vocoder_begins_without_its_discriminators(start, command, tmp_path, monkeypatch):
     monkeypatch.setattr("train.LOG_EVERY", 1)
-    assert command(*start("vocoder", tmp_path / "run", "--mel-share", 0.75))[0] == 0
+    assert command(*start("vocoder", tmp_path / "run", "--spectral-share", 0.75))[0] == 0
     logged = losses(tmp_path / "run", "vocoder")
     steps = {int(step) for step, name in logged if name == "train_loss"}
     judged = {int(step) for step, name in logged if name == "train_discriminators"}
     assert steps == set(range(1, 9)) and judged == {7, 8}             # eight epochs of four clips, batches of four
+
+
+def test_muon_moves_all_directions_alike():
+    torch.manual_seed(0)
+    wide, tall = (torch.randn(2, rows, n) * torch.linspace(1, 9, n) for rows, n in ((8, 40), (40, 8)))
+    for matrices in (wide, tall, torch.ones(3, 7, 1)):
+        singular = torch.linalg.svdvals(orthogonal(matrices))
+        assert singular.min() > 0.5 and singular.max() < 1.3
+        # The nearest orthogonal matrix has the same singular vectors: U V^T, where the matrix is U S V^T.
+        u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+        assert F.cosine_similarity(orthogonal(matrices).flatten(), (u @ vh).flatten(), dim=0) > 0.97
+    weight, target = torch.nn.Parameter(torch.zeros(6, 4, 3)), torch.randn(6, 4, 3)
+    muon = Muon([weight], 0.05)
+    for _ in range(200):
+        muon.zero_grad()
+        (weight - target).square().mean().backward()
+        muon.step()
+    assert (weight - target).abs().max() < 0.2
+
+
+def test_a_new_vocoder_hears_more_than_loudness():
+    torch.manual_seed(0)
+    mels = 0.5 * torch.randn(4000, 64) + 5 * torch.randn(4000, 1) - 6              # loudness has most of the variance
+    components = torch.stack([5 * torch.ones(64), torch.tensor([1.0, -1.0] * 32) / 16])       # one deviation of two
+    conv = Conv1d(64, 512, 7, padding=3)
+    plain = (conv.weight.sum(2) @ components.T).std(0)
+    whiten(conv, mels)
+    whitened = (conv.weight.sum(2) @ components.T).std(0)
+    assert plain[0] > 50 * plain[1] and whitened[0] < 12 * whitened[1]
+    silent = conv(mels.mean(0)[None, :, None, None].expand(1, 64, 1, 9))[0, :, 0, 4]
+    assert silent.abs().max() < 0.1                                                # it hears differences from the mean
 
 
 def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, command, tmp_path, checkpoint):
