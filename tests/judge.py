@@ -55,15 +55,20 @@ class Judge(nn.Module):
         return self.head(torch.cat([h.mean(dim=(2, 3)), h.amax(dim=(2, 3))], dim=1))
 
 
-def train_judge(mels: Tensor, labels: Tensor, classes: int, epochs: int) -> Judge:
-    """mels (N, T, 64), labels (N,).  Each epoch shifts the mels in time and in level, and hides parts of them."""
+def train_judge(mels: Tensor, labels: Tensor, classes: int, epochs: int, roughen: float) -> Judge:
+    """mels (N, T, 64), labels (N,).  Each epoch shifts the mels in time and in level and hides parts of them.
+
+    roughen: how much it also colours them and adds noise, for a judge of what is heard and not of how it was recorded.
+    """
     judge = Judge(classes).to(mels.device)
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, epochs * (len(mels) // 32))
     for _ in trange(epochs, desc="judge", leave=False):
         for batch in torch.randperm(len(mels), device=mels.device).split(32)[:len(mels) // 32]:
             x = torch.stack([torch.roll(mel, int(torch.randint(len(mel), ())), 0) for mel in mels[batch]])
-            x = x + torch.randn(len(x), 1, 1, device=x.device)
+            colour = 0.7 * F.interpolate(torch.randn(len(x), 1, 8), 64, mode="linear")
+            noise = torch.rand(len(x), 1, 1) * torch.randn(x.shape)
+            x = x + (torch.randn(len(x), 1, 1) + roughen * (colour + noise)).to(x.device)
             band, frame = int(torch.randint(56, ())), int(torch.randint(x.shape[1] - 60, ()))
             x[:, :, band:band + 8] = x[:, frame:frame + 60] = x.mean()
             optimizer.zero_grad()
@@ -190,7 +195,8 @@ def main() -> None:
                              ("rate", lambda data: rate_labels.repeat_interleave(len(data.labels)))):
         classes = len(names) if title == "class" else len(RATES)
         with torch.enable_grad():
-            judges[title] = train_judge(torch.cat(list(train.mels.values())), labels_of(train), classes, args.epochs)
+            judges[title] = train_judge(torch.cat(list(train.mels.values())), labels_of(train), classes, args.epochs,
+                                        roughen=float(title == "class"))
         right = share_right(judges[title], torch.cat(list(val.mels.values())), labels_of(val))
         print(f"the judge of the {title} is right on {right:.0%} of real clips that it has not heard", flush=True)
 
@@ -206,7 +212,7 @@ def main() -> None:
     captions = {name: sorted({row["caption"] for row in rows[args.train] if row["class"] == name}) for name in names}
     labels = torch.arange(args.clips, device=device) % len(names)
     turns = [(names[i % len(names)], i // len(names)) for i in range(args.clips)]        # class after class
-    known = [captions[name][turn % len(captions[name])] for name, turn in turns]
+    known = [captions[name][turn // 2 % len(captions[name])] for name, turn in turns]    # each at least twice
     new = [NEW_WORDINGS[name][turn % len(NEW_WORDINGS[name])] for name, turn in turns]
     print("\n| rate | class right | new wordings | rate right, before the vocoder "
           "| distance between seeds / real | nearest training clip / of real ones |\n" + "|---" * 6 + "|")
@@ -222,10 +228,10 @@ def main() -> None:
         _, new_waves = generate(model, new, rate, args)
         which = torch.full((args.clips,), list(RATES).index(rate), device=device)
         # Seeds of one prompt against real clips of its class
-        pairs = [(between(heard[[i for i, text in enumerate(known) if text == caption]]),
-                  between(val.mels[rate][val.labels == names.index(name)]))
-                 for name in names for caption in captions[name] if known.count(caption) > 1]
-        diversity = sum(a / b for a, b in pairs) / len(pairs) if pairs else float("nan")
+        spreads = [(between(heard[[i for i, text in enumerate(known) if text == caption]]),
+                    between(val.mels[rate][val.labels == names.index(name)]))
+                   for name in names for caption in captions[name] if known.count(caption) > 1]
+        diversity = sum(a / b for a, b in spreads) / len(spreads) if spreads else float("nan")
         nearest = shifted_distances(heard, train.mels[rate]).amin(1).min()
         usual = shifted_distances(val.mels[rate], train.mels[rate]).amin(1).median()
         print(f"| {rate} | {(predicted == labels).float().mean():.0%} "
