@@ -79,7 +79,7 @@ SETTINGS = {
         "vae": Settings(epochs=8, batch=8, lr=2e-3, frames=48, long_epochs=1, validate_every=8),
         "vocoder": Settings(epochs=40, batch=2, lr=1e-3, frames=32, discriminators=(2, 8), spectral_share=1.0,
                             validate_every=10),
-        "ldm": Settings(epochs=12, batch=16, lr=1e-3, validate_every=4),
+        "ldm": Settings(epochs=18, batch=16, lr=1e-3, validate_every=6),
     },
     # 40 epochs: III-B.  The LDM's learning rate: Tango's published training command, as linear decay is.  Vocoder:
     # HiFi-GAN V1's batch and rate; its 8192 samples at 22 kHz are 0.37 s.  The rest is our choice.

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm, trange
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -55,30 +55,63 @@ class Judge(nn.Module):
         return self.head(torch.cat([h.mean(dim=(2, 3)), h.amax(dim=(2, 3))], dim=1))
 
 
-def train_judge(mels: Tensor, labels: Tensor, classes: int, epochs: int, roughen: float) -> Judge:
-    """mels (N, T, 64), labels (N,).  Each epoch shifts the mels in time and in level and hides parts of them.
+class RateJudge(nn.Module):
+    """Names the sampling rate of log-mels, (B, T, 64) -> (B, rates).
 
-    roughen: how much it also colours them and adds noise, for a judge of what is heard and not of how it was recorded.
+    The rate shows less in what sounds than in how each band moves, alone and with its neighbour.
     """
-    judge = Judge(classes).to(mels.device)
+
+    def __init__(self, rates: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(10 * 64, affine=False)
+        self.layers = nn.Sequential(
+            nn.Conv1d(10, 64, 5, padding=2), nn.ReLU(), nn.Conv1d(64, 64, 5, stride=2, padding=2), nn.ReLU(),
+            nn.Conv1d(64, 32, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten(), nn.Dropout(0.4), nn.Linear(512, rates))
+
+    def forward(self, mel: Tensor) -> Tensor:
+        mel = mel.clamp(min=-11.5)                       # a real mel goes no lower
+        change = mel.diff(dim=1)
+        quantiles = torch.quantile(mel, torch.tensor([0.02, 0.2, 0.5, 0.8, 0.98], device=mel.device), dim=1)
+        x = torch.stack([mel.mean(1), mel.std(1), change.abs().mean(1), self.correlation(mel),
+                         self.correlation(change), *quantiles], dim=1)                               # (B, 10, 64)
+        x = self.norm(x.flatten(1)).view_as(x)
+        return self.layers(x + 0.1 * torch.randn_like(x) if self.training else x)
+
+    @staticmethod
+    def correlation(x: Tensor) -> Tensor:
+        """Of each band with the next over time, (B, T, 64) -> (B, 64); 0 for the last."""
+        centred, deviation = x - x.mean(1, keepdim=True), x.std(1)
+        products = (centred[..., 1:] * centred[..., :-1]).mean(1)
+        return F.pad(products / (deviation[:, 1:] * deviation[:, :-1] + 0.01), (0, 1))
+
+
+def roughen(mels: Tensor) -> Tensor:
+    """Shifts mels (B, T, 64) in time and in level, colours them, adds noise and hides parts: for a judge of what is
+    heard and not of how it was recorded."""
+    x = torch.stack([torch.roll(mel, int(torch.randint(len(mel), ())), 0) for mel in mels])
+    colour = 0.7 * F.interpolate(torch.randn(len(x), 1, 8), 64, mode="linear")
+    noise = torch.rand(len(x), 1, 1) * torch.randn(x.shape)
+    x = x + (torch.randn(len(x), 1, 1) + colour + noise).to(x.device)
+    band, frame = int(torch.randint(56, ())), int(torch.randint(x.shape[1] - 60, ()))
+    x[:, :, band:band + 8] = x[:, frame:frame + 60] = x.mean()
+    return x.clamp(min=-11.6)
+
+
+def train_judge(judge: nn.Module, mels: Tensor, labels: Tensor, epochs: int, augment=lambda mels: mels) -> nn.Module:
+    """mels (N, T, 64), labels (N,)."""
+    judge.to(mels.device)
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, epochs * (len(mels) // 32))
     for _ in trange(epochs, desc="judge", leave=False):
         for batch in torch.randperm(len(mels), device=mels.device).split(32)[:len(mels) // 32]:
-            x = torch.stack([torch.roll(mel, int(torch.randint(len(mel), ())), 0) for mel in mels[batch]])
-            colour = 0.7 * F.interpolate(torch.randn(len(x), 1, 8), 64, mode="linear")
-            noise = torch.rand(len(x), 1, 1) * torch.randn(x.shape)
-            x = x + (torch.randn(len(x), 1, 1) + roughen * (colour + noise)).to(x.device)
-            band, frame = int(torch.randint(56, ())), int(torch.randint(x.shape[1] - 60, ()))
-            x[:, :, band:band + 8] = x[:, frame:frame + 60] = x.mean()
             optimizer.zero_grad()
-            F.cross_entropy(judge(x.clamp(min=-11.6)), labels[batch], label_smoothing=0.1).backward()
+            F.cross_entropy(judge(augment(mels[batch])), labels[batch], label_smoothing=0.1).backward()
             optimizer.step()
             schedule.step()
     return judge.eval()
 
 
-def share_right(judge: Judge, mels: Tensor, labels: Tensor) -> float:
+def share_right(judge: nn.Module, mels: Tensor, labels: Tensor) -> float:
     return (torch.cat([judge(part) for part in mels.split(64)]).argmax(1) == labels).float().mean().item()
 
 
@@ -187,27 +220,35 @@ def main() -> None:
         args.pictures.mkdir(parents=True, exist_ok=True)
     if args.clips < len(names):
         raise ValueError(f"--clips must be at least the number of classes, {len(names)}, got {args.clips}")
+
+    def through_vae(mels: Tensor) -> Tensor:
+        with autocast(device, model.precision):
+            return model.vae.decode(model.vae.encode(mels)[0]).float()
+
     train, val = (Recordings(rows[path], names, args.audio, model.config.seconds, device)
                   for path in (args.train, args.val))
-    rate_labels = torch.arange(len(RATES), device=device)
-    judges = {}
-    for title, labels_of in (("class", lambda data: data.labels.repeat(len(RATES))),
-                             ("rate", lambda data: rate_labels.repeat_interleave(len(data.labels)))):
-        classes = len(names) if title == "class" else len(RATES)
-        with torch.enable_grad():
-            judges[title] = train_judge(torch.cat(list(train.mels.values())), labels_of(train), classes, args.epochs,
-                                        roughen=float(title == "class"))
-        right = share_right(judges[title], torch.cat(list(val.mels.values())), labels_of(val))
+    judges = {"class": Judge(len(names)), "rate": RateJudge(len(RATES))}
+    real, real_val = (torch.cat(list(data.mels.values())) for data in (train, val))
+    labels_of = {"class": lambda data: data.labels.repeat(len(RATES)), "rate": lambda data: torch.arange(
+        len(RATES), device=device).repeat_interleave(len(data.labels))}
+    # What the LDM makes lacks what the VAE drops, and should not be judged by it: this judge learns from both.
+    blurred = torch.cat([through_vae(part) for part in tqdm(real.split(8), "VAE", leave=False)])
+    with torch.enable_grad():
+        train_judge(judges["class"], real, labels_of["class"](train), args.epochs, roughen)
+        train_judge(judges["rate"], torch.cat([real, blurred]), labels_of["rate"](train).repeat(2), args.epochs)
+    for title, judge in judges.items():
+        right = share_right(judge, real_val, labels_of[title](val))
         print(f"the judge of the {title} is right on {right:.0%} of real clips that it has not heard", flush=True)
 
     print("\n| rate | mel -> wave -> mel, L1 | with the VAE, L1 |\n|---|---|---|")
     for rate in args.rates:
-        copied, through_vae = [], []
-        with autocast(device, model.precision):
-            for mel in val.mels[rate].split(1):
-                for copy, heard in ((copied, mel), (through_vae, model.vae.decode(model.vae.encode(mel)[0]))):
-                    copy.append(mel_loss(mel, mel_spectrogram(model.vocoders[rate](heard), rate)).item())
-        print(f"| {rate} | {sum(copied) / len(copied):.2f} | {sum(through_vae) / len(through_vae):.2f} |", flush=True)
+        copied, after_vae = [], []
+        for mel in val.mels[rate].split(1):
+            for copy, heard in ((copied, mel), (after_vae, through_vae(mel))):
+                with autocast(device, model.precision):
+                    wave = model.vocoders[rate](heard)
+                copy.append(mel_loss(mel, mel_spectrogram(wave, rate)).item())
+        print(f"| {rate} | {sum(copied) / len(copied):.2f} | {sum(after_vae) / len(after_vae):.2f} |", flush=True)
 
     captions = {name: sorted({row["caption"] for row in rows[args.train] if row["class"] == name}) for name in names}
     labels = torch.arange(args.clips, device=device) % len(names)
