@@ -405,7 +405,7 @@ class Config:
 PRESETS = {
     "tiny": Config(                                      # tests and first steps: minutes on a CPU
         preset="tiny",
-        vae=dict(widths=(32, 32, 64), blocks=1),
+        vae=dict(widths=(32, 32, 64), blocks=1, groups=8),
         unet=dict(widths=(32, 64, 64, 96), heads=(1, 2, 2, 3), cross_attention=(False, False, True, True),
                   context_width=64, blocks=1),
         vocoder=dict(channels=64),
@@ -414,7 +414,7 @@ PRESETS = {
     ),
     "small": Config(                                     # a laptop or any GPU
         preset="small",
-        vae=dict(widths=(32, 64, 128), blocks=1),
+        vae=dict(widths=(32, 64, 128), blocks=1, groups=8),
         unet=dict(widths=(64, 96, 128, 192), heads=(2, 3, 4, 6), cross_attention=(False, False, True, True),
                   context_width=128, blocks=1),
         vocoder=dict(channels=128),

@@ -47,11 +47,11 @@ OLD_DIFFUSERS_NAMES = [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", "
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C_in, H, W) -> (B, C_out, H, W)."""
 
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, c_in, eps=1e-6)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(32, c_out, eps=1e-6)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -64,9 +64,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """One head of self-attention over all positions of the image, (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -82,11 +82,11 @@ class Attention(nn.Module):
 class Middle(nn.Module):
     """The bottom of both halves: residual block, attention, residual block."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.block_1 = ResBlock(channels, channels)
-        self.attention = Attention(channels)
-        self.block_2 = ResBlock(channels, channels)
+        self.block_1 = ResBlock(channels, channels, groups)
+        self.attention = Attention(channels, groups)
+        self.block_2 = ResBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attention(self.block_1(x)))
@@ -117,9 +117,9 @@ class Upsample(nn.Module):
 class DownLevel(nn.Module):
     """The encoder at one resolution: residual blocks, then half the size unless it is the last."""
 
-    def __init__(self, c_in: int, c_out: int, blocks: int, last: bool):
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
         self.downsample = nn.Identity() if last else Downsample(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,9 +131,9 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """The decoder at one resolution: residual blocks, then twice the size unless it is the last."""
 
-    def __init__(self, c_in: int, c_out: int, blocks: int, last: bool):
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
         self.upsample = nn.Identity() if last else Upsample(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,14 +145,14 @@ class UpLevel(nn.Module):
 class Encoder(nn.Module):
     """(B, 1, T, 64) -> (B, 2 * latent, T/4, 16)."""
 
-    def __init__(self, widths: tuple[int, ...], blocks: int, latent: int):
+    def __init__(self, widths: tuple[int, ...], blocks: int, groups: int, latent: int):
         super().__init__()
         self.conv_in = nn.Conv2d(1, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
-            DownLevel(widths[max(i - 1, 0)], width, blocks, last=i == len(widths) - 1)
+            DownLevel(widths[max(i - 1, 0)], width, blocks, groups, last=i == len(widths) - 1)
             for i, width in enumerate(widths))
-        self.mid = Middle(widths[-1])
-        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,14 +165,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(B, latent, T/4, 16) -> (B, 1, T, 64).  Level 0 is the finest, as in the encoder, and runs last."""
 
-    def __init__(self, widths: tuple[int, ...], blocks: int, latent: int):
+    def __init__(self, widths: tuple[int, ...], blocks: int, groups: int, latent: int):
         super().__init__()
         self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], groups)
         self.up = nn.ModuleList(
-            UpLevel(widths[min(i + 1, len(widths) - 1)], width, blocks + 1, last=i == 0)
+            UpLevel(widths[min(i + 1, len(widths) - 1)], width, blocks + 1, groups, last=i == 0)
             for i, width in enumerate(widths))
-        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
+        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 1, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -187,16 +187,19 @@ class VAE(nn.Module):
 
     widths: channels from the mel's resolution down, multiples of 32; three of them, for the quarter length.
     blocks: residual blocks at each resolution of the encoder (the decoder has one more).
+    groups: of channels in each norm.  One of a single channel forgets how loud the clip is: narrow networks take fewer.
     """
 
     LATENT = 8
 
-    def __init__(self, widths: tuple[int, ...] = (128, 256, 512), blocks: int = 2):
+    def __init__(self, widths: tuple[int, ...] = (128, 256, 512), blocks: int = 2, groups: int = 32):
         super().__init__()
         if len(widths) != 3 or any(width % 32 for width in widths):
             raise ValueError(f"VAE widths must be three multiples of 32, got {tuple(widths)}")
-        self.encoder = Encoder(widths, blocks, self.LATENT)
-        self.decoder = Decoder(widths, blocks, self.LATENT)
+        if groups not in (1, 2, 4, 8, 16, 32):
+            raise ValueError(f"the VAE's groups must be 1, 2, 4, 8, 16 or 32, got {groups!r}")
+        self.encoder = Encoder(widths, blocks, groups, self.LATENT)
+        self.decoder = Decoder(widths, blocks, groups, self.LATENT)
         self.quant_conv = nn.Conv2d(2 * self.LATENT, 2 * self.LATENT, 1)
         self.post_quant_conv = nn.Conv2d(self.LATENT, self.LATENT, 1)
         self.register_buffer("scale_factor", torch.ones(()))
@@ -243,13 +246,14 @@ class VAE(nn.Module):
     @classmethod
     def published(cls, path: str | Path) -> tuple[dict, weights.Weights, Path, weights.Names]:
         """What `weights.build` takes to make the VAE of a published file."""
-        path = Path(path)
+        path, groups = Path(path), 32
         if path.is_dir():
             # Files from before March 2023 have the old names; attention is a linear layer or a 1 x 1 convolution.
             tensors = weights.rename(weights.read(path), OLD_DIFFUSERS_NAMES)
             tensors = {name: tensor[:, :, None, None] if ".attentions." in name and tensor.ndim == 2 else tensor
                        for name, tensor in tensors.items()}
-            scale_factor = weights.read_json(path / "config.json").get("scaling_factor")
+            config = weights.read_json(path / "config.json")
+            scale_factor, groups = config.get("scaling_factor"), config.get("norm_num_groups", groups)
             names, block = DIFFUSERS_NAMES, "encoder.down_blocks.{}.resnets.{}."
         else:
             everything = weights.under(weights.read(path), "state_dict.", "")
@@ -270,7 +274,7 @@ class VAE(nn.Module):
         except (ValueError, TypeError, RuntimeError):
             raise ValueError(f"{path}: the scale factor must be a number but 0, got {scale_factor!r:.50}") from None
         widths = [weights.shape_of(tensors, block.format(i, 0) + "conv1.weight", 4, path)[0] for i in range(3)]
-        sizes = {"widths": widths, "blocks": weights.count(tensors, block.replace("{}", "0", 1))}
+        sizes = {"widths": widths, "blocks": weights.count(tensors, block.replace("{}", "0", 1)), "groups": groups}
         return sizes, tensors, path, names
 
 

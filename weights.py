@@ -459,7 +459,7 @@ def export_checkpoint(args: argparse.Namespace) -> None:
         "_class_name": "AutoencoderKL", "in_channels": 1, "out_channels": 1, "latent_channels": VAE.LATENT,
         "block_out_channels": sizes["widths"], "layers_per_block": sizes["blocks"], "scaling_factor": scale_factor,
         "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
-        "act_fn": "silu", "norm_num_groups": 32}, out["vae"] / "config.json")
+        "act_fn": "silu", "norm_num_groups": sizes["groups"]}, out["vae"] / "config.json")
 
     tensors = encoder.state_dict()
     sizes = TextEncoder.sizes(rename(tensors, T5_NAMES, backwards=True), args.checkpoint)

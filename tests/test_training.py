@@ -20,7 +20,8 @@ from test_commands import few_clips, one_line
 import train
 import weights
 from srcgaudio import SRCgAudio
-from train import Muon, Plan, Settings, orthogonal, whiten
+from train import Muon, Plan, Settings, orthogonal, whiten, whiten_patches
+from vae import VAE
 from vocoder import Conv1d
 
 ROOT = HERE.parent
@@ -129,6 +130,26 @@ def test_a_new_vocoder_hears_more_than_loudness():
     assert plain[0] > 50 * plain[1] and whitened[0] < 12 * whitened[1]
     silent = conv(mels.mean(0)[None, :, None, None].expand(1, 64, 1, 9))[0, :, 0, 4]
     assert silent.abs().max() < 0.1                                                # it hears differences from the mean
+
+
+def test_a_new_vae_sees_more_than_loudness():
+    torch.manual_seed(0)
+    rising = torch.tensor([-1.0, -1.0, 1.0, 1.0]).repeat(16)                       # over the bands of each 4 x 4 patch
+    loudness, slope = (F.interpolate(torch.randn(32, 1, 8, 16), scale_factor=4.0)[:, 0] for _ in range(2))
+    mels = 5 * loudness + 0.3 * slope * rising + 0.01 * torch.randn(32, 32, 64) - 6
+
+    def heard(vae, change) -> float:
+        """How much a change of all mels changes what comes to the encoder's last level."""
+        early = torch.nn.Sequential(vae.encoder.conv_in, *vae.encoder.down[:2])
+        return (early((mels + change)[:, None]) - early(mels[:, None])).std().item()
+
+    for widths in ((32, 64, 128), (32, 32, 64)):
+        vae = VAE(widths, blocks=1, groups=8)
+        with torch.no_grad():
+            plain = [heard(vae, change) for change in (5, 0.3 * rising)]           # one deviation of each
+            whiten_patches(vae, mels)
+            whitened = [heard(vae, change) for change in (5, 0.3 * rising)]
+        assert plain[0] > 7 * plain[1] and whitened[0] < 6 * whitened[1], (plain, whitened)
 
 
 def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, command, tmp_path, checkpoint):
