@@ -80,7 +80,7 @@ SETTINGS = {
         "vae": Settings(epochs=9, batch=8, lr=2e-3, frames=48, muon=True, validate_every=8),
         "vocoder": Settings(epochs=40, batch=2, lr=1e-3, frames=32, discriminators=(2, 8), spectral_share=1.0,
                             validate_every=10),
-        "ldm": Settings(epochs=7, batch=16, lr=1e-3, muon=True, validate_every=2),
+        "ldm": Settings(epochs=18, batch=16, lr=1e-3, muon=True, validate_every=6),
     },
     # 40 epochs: III-B.  The LDM's learning rate: Tango's published training command, as linear decay is.  Vocoder:
     # HiFi-GAN V1's batch and rate; its 8192 samples at 22 kHz are 0.37 s.  The rest is our choice.
