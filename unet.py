@@ -54,12 +54,12 @@ class TimeEmbedding(nn.Module):
 class ResBlock(nn.Module):
     """A residual block that hears the time step, (B, C_in, H, W) and (B, d_t) -> (B, C_out, H, W)."""
 
-    def __init__(self, c_in: int, c_out: int, time_width: int):
+    def __init__(self, c_in: int, c_out: int, time_width: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, c_in)
+        self.norm1 = nn.GroupNorm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_width, c_out)
-        self.norm2 = nn.GroupNorm(32, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -108,9 +108,9 @@ class FeedForward(nn.Module):
 class Transformer(nn.Module):
     """Self-attention over the image, cross-attention to c, feed-forward; (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, channels: int, heads: int, context_width: int):
+    def __init__(self, channels: int, heads: int, context_width: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.norm1 = nn.LayerNorm(channels)
         self.self_attention = Attention(channels, heads, channels)
@@ -135,10 +135,12 @@ class DownBlock(nn.Module):
     channels: (in, out) of each residual block; each is followed by a transformer where there are heads.
     """
 
-    def __init__(self, channels: list[tuple[int, int]], heads: int, context_width: int, time_width: int, last: bool):
+    def __init__(self, channels: list[tuple[int, int]], heads: int, context_width: int, time_width: int, groups: int,
+                 last: bool):
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(c_in, c_out, time_width) for c_in, c_out in channels)
-        self.attentions = nn.ModuleList(Transformer(c_out, heads, context_width) for _, c_out in channels if heads)
+        self.resnets = nn.ModuleList(ResBlock(c_in, c_out, time_width, groups) for c_in, c_out in channels)
+        self.attentions = nn.ModuleList(
+            Transformer(c_out, heads, context_width, groups) for _, c_out in channels if heads)
         c_out = channels[-1][1]
         self.downsample = None if last else nn.Conv2d(c_out, c_out, 3, stride=2, padding=1)
 
@@ -157,10 +159,10 @@ class DownBlock(nn.Module):
 class MiddleBlock(nn.Module):
     """Residual block, transformer, residual block; the first alone where there are no heads, as in diffusers."""
 
-    def __init__(self, channels: int, heads: int, context_width: int, time_width: int):
+    def __init__(self, channels: int, heads: int, context_width: int, time_width: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(channels, channels, time_width) for _ in range(2 if heads else 1))
-        self.attentions = nn.ModuleList([Transformer(channels, heads, context_width)] if heads else [])
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, time_width, groups) for _ in range(2 if heads else 1))
+        self.attentions = nn.ModuleList([Transformer(channels, heads, context_width, groups)] if heads else [])
 
     def forward(self, h: Tensor, time: Tensor, c: Tensor, c_mask: Tensor) -> Tensor:
         h = self.resnets[0](h, time)
@@ -175,10 +177,12 @@ class UpBlock(nn.Module):
     channels: (in, out) of each residual block; each is followed by a transformer where there are heads.
     """
 
-    def __init__(self, channels: list[tuple[int, int]], heads: int, context_width: int, time_width: int, last: bool):
+    def __init__(self, channels: list[tuple[int, int]], heads: int, context_width: int, time_width: int, groups: int,
+                 last: bool):
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(c_in, c_out, time_width) for c_in, c_out in channels)
-        self.attentions = nn.ModuleList(Transformer(c_out, heads, context_width) for _, c_out in channels if heads)
+        self.resnets = nn.ModuleList(ResBlock(c_in, c_out, time_width, groups) for c_in, c_out in channels)
+        self.attentions = nn.ModuleList(
+            Transformer(c_out, heads, context_width, groups) for _, c_out in channels if heads)
         c_out = channels[-1][1]
         self.upsample = None if last else nn.Conv2d(c_out, c_out, 3, padding=1)
 
@@ -204,6 +208,8 @@ class UNet(nn.Module):
     context_width: d, the width of the text embedding and of the condition's tokens.
     tokens: which scalars become tokens of c.  SRC-gAudio ("time", "rate"), gAudio ("time",), Tango ().
     blocks: residual blocks of an encoder block (a decoder block has one more).
+    groups: of channels in each norm, which takes away the mean of each.  Of groups of two channels it leaves too
+        little to tell how far the latent's own means are off, and these drift in sampling: narrow networks take fewer.
     predicts: "eps"; or "v", as Tango's network does, which NoiseSchedule.eps_from_v makes eps_theta.
     """
 
@@ -212,7 +218,7 @@ class UNet(nn.Module):
     def __init__(self, widths: tuple[int, ...] = (320, 640, 640, 1280), heads: tuple[int, ...] = (5, 10, 10, 20),
                  cross_attention: tuple[bool, ...] = (True, True, True, False), cross_attention_middle: bool = True,
                  context_width: int = 1024, tokens: tuple[str, ...] = ("time", "rate"), blocks: int = 2,
-                 predicts: str = "eps"):
+                 groups: int = 32, predicts: str = "eps"):
         super().__init__()
         levels = len(widths)
         if len(heads) != levels or len(cross_attention) != levels:
@@ -221,6 +227,8 @@ class UNet(nn.Module):
         if any(head < 1 or width % 32 or width % head for width, head in zip(widths, heads)):
             raise ValueError(f"the U-Net's widths {tuple(widths)} must be multiples of 32 and of the heads "
                              f"{tuple(heads)}")
+        if groups not in (1, 2, 4, 8, 16, 32):
+            raise ValueError(f"the U-Net's groups must be 1, 2, 4, 8, 16 or 32, got {groups!r}")
         if set(tokens) - {"time", "rate"}:
             raise ValueError(f'the U-Net\'s condition tokens are "time" and "rate", got {tuple(tokens)}')
         if predicts not in ("eps", "v"):
@@ -242,19 +250,21 @@ class UNet(nn.Module):
         for level, width in enumerate(widths):
             channels = [(c_in if i == 0 else width, width) for i in range(blocks)]
             last = level == levels - 1
-            self.down_blocks.append(DownBlock(channels, heads_at[level], context_width, time_width, last))
+            self.down_blocks.append(DownBlock(channels, heads_at[level], context_width, time_width, groups, last))
             kept += [width] * (blocks if last else blocks + 1)
             c_in = width
 
-        self.mid_block = MiddleBlock(widths[-1], heads[-1] if cross_attention_middle else 0, context_width, time_width)
+        self.mid_block = MiddleBlock(widths[-1], heads[-1] if cross_attention_middle else 0, context_width, time_width,
+                                     groups)
 
         self.up_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             channels = [((c_in if i == 0 else width) + kept.pop(), width) for i in range(blocks + 1)]
-            self.up_blocks.append(UpBlock(channels, heads_at[level], context_width, time_width, last=level == 0))
+            self.up_blocks.append(
+                UpBlock(channels, heads_at[level], context_width, time_width, groups, last=level == 0))
             c_in = width
 
-        self.conv_norm_out = nn.GroupNorm(32, widths[0])
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], self.LATENT, 3, padding=1)
 
     def condition(self, t: Tensor, rate: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,8 +318,8 @@ class UNet(nn.Module):
         config = {}
         if path.is_dir():
             config = weights.read_json(path / "config.json")
-            weights.check_config(config, {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
-                                          "norm_num_groups": 32}, path / "config.json")
+            weights.check_config(config, {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5},
+                                 path / "config.json")
             if (path / "condition_tokens.safetensors").is_file():                 # ours, written by weights.py export
                 tensors |= weights.read(path / "condition_tokens.safetensors")
             scheduler = path.parent / "scheduler" / "scheduler_config.json"
@@ -330,5 +340,5 @@ class UNet(nn.Module):
                  "cross_attention": attends, "cross_attention_middle": "mid_block.attentions.0.norm.weight" in tensors,
                  "context_width": context_width, "blocks": weights.count(tensors, "down_blocks.0.resnets.{}."),
                  "tokens": [token for token in ("time", "rate") if f"{token}_token.weight" in tensors],
-                 "predicts": predicts}
+                 "groups": config.get("norm_num_groups", 32), "predicts": predicts}
         return sizes, tensors, path, DIFFUSERS_NAMES

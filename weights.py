@@ -442,7 +442,7 @@ def export_checkpoint(args: argparse.Namespace) -> None:
         "mid_block_type": "UNetMidBlock2DCrossAttn" if sizes["cross_attention_middle"] else "UNetMidBlock2D",
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "use_linear_projection": True, "flip_sin_to_cos": True, "freq_shift": 0, "act_fn": "silu",
-        "norm_num_groups": 32, "norm_eps": 1e-5}, out["unet"] / "config.json")
+        "norm_num_groups": sizes["groups"], "norm_eps": 1e-5}, out["unet"] / "config.json")
     save_json({
         "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
         "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,

@@ -106,7 +106,7 @@ def diffusers_unet(ours: UNet, arguments: dict) -> nn.Module:
     return load(UNet2DConditionModel(
         in_channels=8, out_channels=8, block_out_channels=arguments["widths"], attention_head_dim=arguments["heads"],
         cross_attention_dim=arguments["context_width"], layers_per_block=arguments["blocks"],
-        use_linear_projection=True,
+        norm_num_groups=arguments.get("groups", 32), use_linear_projection=True,
         down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)]), ours, DIFFUSERS_NAMES)
 

@@ -265,6 +265,7 @@ def test_compile_takes_the_unet_as_one_graph(unet):
 def test_unet_refuses_sizes_that_do_not_fit():
     for arguments, message in [(dict(heads=(5, 10, 10)), "equally many"),
                                (dict(widths=(320, 640, 640, 1200)), "multiples"),
+                               (dict(groups=3), "1, 2, 4, 8, 16 or 32"),
                                (dict(tokens=("text",)), '"time" and "rate"')]:
         with pytest.raises(ValueError, match=message):
             UNet(**arguments)
