@@ -256,7 +256,8 @@ def main() -> None:
     known = [captions[name][turn // 2 % len(captions[name])] for name, turn in turns]    # each at least twice
     new = [NEW_WORDINGS[name][turn % len(NEW_WORDINGS[name])] for name, turn in turns]
     print("\n| rate | class right | new wordings | rate right, before the vocoder "
-          "| distance between seeds / real | nearest training clip / of real ones |\n" + "|---" * 6 + "|")
+          "| distance between seeds / real | nearest training clip, and that of a real one, / median of real ones |\n"
+          + "|---" * 6 + "|")
     by_class, waves, at_all_rates = {name: [] for name in names}, None, []
     for rate in args.rates:
         mels, waves = generate(model, known, rate, args)
@@ -274,10 +275,11 @@ def main() -> None:
                    for name in names for caption in captions[name] if known.count(caption) > 1]
         diversity = sum(a / b for a, b in spreads) / len(spreads) if spreads else float("nan")
         nearest = shifted_distances(heard, train.mels[rate]).amin(1).min()
-        usual = shifted_distances(val.mels[rate], train.mels[rate]).amin(1).median()
+        of_real = shifted_distances(val.mels[rate], train.mels[rate]).amin(1)
         print(f"| {rate} | {(predicted == labels).float().mean():.0%} "
               f"| {share_right(judges['class'], mel_spectrogram(new_waves, rate), labels):.0%} "
-              f"| {share_right(judges['rate'], mels, which):.0%} | {diversity:.2f} | {nearest / usual:.2f} |",
+              f"| {share_right(judges['rate'], mels, which):.0%} | {diversity:.2f} "
+              f"| {nearest / of_real.median():.2f}, {of_real.min() / of_real.median():.2f} |",
               flush=True)
 
     if args.pictures:
