@@ -20,7 +20,7 @@ from test_commands import few_clips, one_line
 import train
 import weights
 from srcgaudio import SRCgAudio
-from train import Muon, Plan, Settings, orthogonal, whiten, whiten_patches
+from train import Muon, Plan, Settings, orthogonal, texture, whiten, whiten_patches
 from vae import VAE
 from vocoder import Conv1d
 
@@ -150,6 +150,15 @@ def test_a_new_vae_sees_more_than_loudness():
             whiten_patches(vae, mels)
             whitened = [heard(vae, change) for change in (5, 0.3 * rising)]
         assert plain[0] > 7 * plain[1] and whitened[0] < 6 * whitened[1], (plain, whitened)
+
+
+def test_texture_is_the_size_of_a_mels_differences():
+    frame, band = torch.arange(34.)[None, :, None], torch.arange(64.)
+    mel = 3 * frame + 5 * frame ** 2 / 2 + 7 * frame * band                        # second differences of 5 and of 7
+    change, twice, across = texture(mel).exp()[0] - 0.02
+    assert texture(mel).shape == (1, 3, 3, 30)
+    assert torch.allclose(change[:, 0], 3 + 5 * (torch.tensor([0., 8, 16]) + 8) + 7 * 1.5, rtol=1e-3)
+    assert torch.allclose(twice, torch.tensor(5.), rtol=1e-3) and torch.allclose(across, torch.tensor(7.), rtol=1e-3)
 
 
 def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, command, tmp_path, checkpoint):
