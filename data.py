@@ -159,7 +159,7 @@ def file_digest(path: Path) -> bytes:
     try:
         status = path.stat()
         return digest(str(path.resolve()), status.st_size, status.st_mtime_ns)
-    except OSError:
+    except (OSError, ValueError):                        # not there, or no path at all
         return digest(str(path), None)
 
 
@@ -254,13 +254,17 @@ def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Ro
         if not isinstance(entries, list) or not all(isinstance(entry, dict) and {"id", "caption"} <= set(entry)
                                                     for entry in entries):
             raise ValueError(f'{source}: not as WavCaps\'s files are, {{"data": [{{"id": ..., "caption": ...}}, ...]}}')
-        return [Row([stem(entry["id"])], str(entry["caption"]), stem(entry["id"])) for entry in entries]
+        return [Row([stem(entry["id"])], str(entry["caption"] or ""), stem(entry["id"])) for entry in entries]
     try:
         with open(source, newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
+            lines = [line for line in csv.reader(file, strict=True) if line]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{source}: not a CSV in UTF-8 ({error})") from None
     columns, table = (lines[0], lines[1:]) if lines else ([], [])
+    for line in table:
+        if len(line) > len(columns):
+            raise ValueError(f"{source}: {','.join(line)[:80]!r} has {len(line)} fields, the first line names "
+                             f"{len(columns)}; put quotes around a text with a comma")
     rows = [dict(zip_longest(columns, line, fillvalue="")) for line in table]
     if {"path", "caption"} <= set(columns) or not captions and "path" in columns:
         return [Row([], row.get("caption", ""), path=folder / row["path"]) for row in rows]
@@ -360,7 +364,7 @@ def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, b
                 if row.blacklisted_as in blacklisted:
                     raise ValueError(f"{path}: on a blacklist of test clips")
                 found.append((path, row.caption.strip()))
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 left_out.append(str(error))
     facts = inspect_all({path for path, _ in found}, cache, progress)
     clips = [Clip(path, caption, *facts[path]) for path, caption in found if not isinstance(facts[path], str)]
@@ -380,7 +384,7 @@ def inspect_all(paths: set[Path], cache: Cache, progress: bool) -> dict[Path, li
     def look(path: Path) -> list | str:
         try:
             return inspect(path)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             return str(error)
 
     with (ThreadPoolExecutor() as threads,

@@ -52,15 +52,20 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
                 texts = [line.strip() for line in file if line.strip()]
                 prompts = [(slug(text), text) for text in texts]
             else:
-                reader = csv.DictReader(file)
+                reader = csv.DictReader(file, strict=True)
                 if not {"id", "caption"} <= set(reader.fieldnames or []):
                     raise ValueError(f"{path}: its first line must name the columns id and caption")
-                prompts = [(row["id"] or "", row["caption"] or "") for row in reader]
+                prompts = []
+                for row in reader:
+                    if None in row or not row["caption"]:
+                        raise ValueError(f"{path}, line {reader.line_num}: no caption, or more fields than the first "
+                                         f"line names; put quotes around a text with a comma")
+                    prompts.append((row["id"] or "", row["caption"]))
                 for name, _ in prompts:
                     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
                         raise ValueError(f"{path}: the id {name!r} is no file name; use letters, digits, '_' and '-'")
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from None
+        raise ValueError(f"{path}: not a text file in UTF-8, or a quote is left open ({error})") from None
     if not prompts:
         raise ValueError(f"{path}: no prompts in it")
     return prompts
@@ -80,6 +85,10 @@ def plan(args: argparse.Namespace) -> list[tuple[str, str]]:
         raise ValueError('there is no prompt; say what to hear, such as: python sample.py "a dog barks"')
     named = {}
     for name, text in prompts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the prompt {text!r:.60} is not in UTF-8") from None
         unique, count = name, 1
         while unique in named:
             count += 1

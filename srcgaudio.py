@@ -226,7 +226,8 @@ class TextEncoder(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write text_encoder.pt and tokenizer.model into a checkpoint folder."""
-        (folder / "tokenizer.model").write_bytes(self.tokenizer.serialized_model_proto())
+        weights.replace_file(folder / "tokenizer.model",
+                             lambda file: file.write(self.tokenizer.serialized_model_proto()))
         weights.save(self.state_dict(), folder / "text_encoder.pt")
 
     @classmethod
@@ -467,6 +468,13 @@ def build(cls: type[nn.Module], arguments: dict, path: Path, source: Path) -> nn
     return weights.build(cls, arguments, weights.read(path), path, sizes_source=source)
 
 
+def check_widths(text_encoder: TextEncoder, unet: UNet, source: Path) -> None:
+    width = text_encoder.embedding.weight.shape[1]
+    if width != unet.context_width:
+        raise ValueError(f"{source}: the text encoder's width is {width}, the U-Net's context_width "
+                         f"{unet.context_width}; make them equal")
+
+
 class SRCgAudio:
     """The parts of Fig. 1 and the way from a text to a wave.
 
@@ -486,18 +494,26 @@ class SRCgAudio:
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such checkpoint folder; train.py makes one")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return Config(**content)
+            config = Config(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise ValueError(f"{path}: missing; a checkpoint folder has one, train.py makes it") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             names = ", ".join(field.name for field in fields(Config))
             raise ValueError(f"{path}: not a model's configuration with {names} ({error})") from None
+        if config.preset not in PRESETS:
+            raise ValueError(f"{path}: the preset must be one of {', '.join(PRESETS)}, got {config.preset!r:.50}")
+        if not isinstance(config.seconds, (int, float)) or not 0.1 <= config.seconds <= 60:
+            raise ValueError(f"{path}: seconds must be from 0.1 to 60, got {config.seconds!r:.50}")
+        if not all(isinstance(sizes, dict) for sizes in (config.vae, config.unet, config.vocoder)):
+            raise ValueError(f"{path}: vae, unet and vocoder must each be an object with sizes")
+        if not isinstance(config.text_encoder, (dict, str)):
+            raise ValueError(f"{path}: text_encoder must be an object with sizes, or the folder of a FLAN-T5")
+        return config
 
     @staticmethod
     def save_config(config: Config, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+        weights.save_json(asdict(config), Path(folder) / "config.json")
 
     @staticmethod
     def load_vae(folder: str | Path) -> VAE:
@@ -538,7 +554,9 @@ class SRCgAudio:
                                  f"`train.py vocoder --rates {rate}` trains one")
         if rates is None:
             rates = [rate for rate in RATES if (folder / f"vocoder_{rate}.pt").is_file()]
-        return cls(config, cls.load_text_encoder(folder), cls.load_vae(folder), cls.load_unet(folder),
+        text_encoder, unet = cls.load_text_encoder(folder), cls.load_unet(folder)
+        check_widths(text_encoder, unet, folder / "config.json")
+        return cls(config, text_encoder, cls.load_vae(folder), unet,
                    {rate: cls.load_vocoder(folder, rate) for rate in rates})
 
     def save(self, folder: str | Path) -> None:
@@ -571,8 +589,8 @@ class SRCgAudio:
         """
         seconds = self.config.seconds if seconds is None else seconds
         check_rate(rate)
-        if not prompts:
-            raise ValueError("there is no prompt")
+        if not prompts or isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list with at least one text, got {prompts!r:.50}")
         if rate not in self.vocoders:
             raise ValueError(f"there is no vocoder for {rate} Hz in this checkpoint")
         if not 0.1 <= seconds <= 60:
@@ -613,8 +631,8 @@ def exit_cleanly(main) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; what was finished before is kept", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; a smaller --batch takes less", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError):
+        print("error: the memory is full; a smaller --batch takes less", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[-1]       # an error in a worker process comes with its traceback

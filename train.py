@@ -47,7 +47,8 @@ from tqdm import tqdm
 import weights
 from data import Cache, Clip, digest, file_digest, find_clips, read_array, read_rows
 from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule, SRCgAudio, TextEncoder, autocast,
-                       build, check_rate, diffusion_loss, exit_cleanly, mel_spectrogram, pick_device, pick_precision)
+                       build, check_rate, check_widths, diffusion_loss, exit_cleanly, mel_spectrogram, pick_device,
+                       pick_precision)
 from unet import ResBlock, Transformer, UNet
 from vae import VAE, sample_posterior, vae_loss
 from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Discriminators, Generator, discriminator_loss, generator_loss,
@@ -111,6 +112,7 @@ class Run:
     rates: list[int]
     any_rate: bool                                       # train rates above a clip's own too (gAudio-FT, Table II)
     start: Path | None                                   # the checkpoint whose weights are the start
+    decoder_only: bool                                   # of the VAE
     train_text_encoder: bool
     tokenizer_captions: list[str]                        # the tokenizer learns from these too
     seed: int
@@ -139,7 +141,8 @@ class Run:
         data = digest([self.items(clips) for clips in (self.train, self.val)])
         return {"the data": data.hex(), "the rates": str(self.rates), "the settings": str(settings),
                 "the sizes": json.dumps(asdict(self.config)), "the seed": str(self.seed),
-                "the precision": str(self.precision), "--train-text-encoder": str(self.train_text_encoder)}
+                "the precision": str(self.precision), "--train-text-encoder": str(self.train_text_encoder),
+                "--decoder-only": str(self.decoder_only)}
 
     def network(self, cls: type[nn.Module], arguments: dict, name: str) -> nn.Module:
         """A new network, or one with the weights of the file `name`, if the run is to start from a folder with it."""
@@ -274,7 +277,9 @@ class Ema:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices (out, in * kernel) are made orthogonal: a step moves all directions alike (Jordan 2024).
+    """Momentum whose matrices (first dimension, all others) are made orthogonal: a step moves all directions alike
+    (Jordan 2024).  A vector is a matrix of one column, whose momentum is brought to length one; Jordan leaves those to
+    Adam.
 
     Adam learns what varies most, in mels the loudness, and leaves a rooster's harmonics for later.  torch.optim.Muon
     takes one matrix at a time, in bfloat16: for a small vocoder on a CPU that is as long as the rest of the step.
@@ -312,9 +317,10 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if settings.muon:
-        return Muon(network.parameters(), settings.lr)
-    return torch.optim.AdamW(network.parameters(), settings.lr, fused=True)
+        return Muon(parameters, settings.lr)
+    return torch.optim.AdamW(parameters, settings.lr, fused=True)
 
 
 def descend(network: nn.Module, optimizer: torch.optim.Optimizer, parts: list, losses_of) -> dict[str, Tensor]:
@@ -360,7 +366,7 @@ def read_state(path: Path, identity: dict[str, str]) -> dict | None:
         return None
     try:
         state = weights.read_pytorch(path)
-        different = [name for name, value in identity.items() if state["identity"][name] != value]
+        different = [name for name, value in identity.items() if state["identity"].get(name) != value]
     except Exception as error:
         raise ValueError(f"{path}: damaged ({weights.first_line(error)}); begin anew with --overwrite") from None
     if different:
@@ -429,6 +435,9 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
                 if validated:
                     with torch.inference_mode():
                         losses = job.validate()
+                    if not math.isfinite(losses["loss"]):
+                        raise ValueError(f"{name}, step {step}: the validation loss is {losses['loss']}; what was "
+                                         f"saved before is kept; a lower --lr may help")
                     log.writerows([step, f"val_{key}", f"{value:.6f}"] for key, value in losses.items())
                     say(f"{name} step {step}, validation: "
                         + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
@@ -492,8 +501,8 @@ class Crops(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         epoch, i = key
         clip, rate = self.items[i]
-        # Norms and attention of the VAE see the whole crop.  Short crops make many cheap steps, but with them alone it
-        # fails on whole clips, so its last epochs have long ones.
+        # Short crops make many cheap steps.  But norms and attention of the VAE see the whole crop, and the tiny one fails
+        # on whole clips unless its last epochs have long crops.
         long = 0 < self.settings.epochs - epoch <= self.settings.long_epochs
         seconds = self.settings.frames * (8 if long else 1) / FRAMES_PER_SECOND
         latest = max(0.0, clip.samples / clip.rate - seconds)
@@ -502,7 +511,7 @@ class Crops(Dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The VAE: L1 + KL on mels of all rates
+# The VAE: L1, KL, detail and flicker, on mels of all rates
 
 
 class MelCrops(Crops):
@@ -572,6 +581,9 @@ class TrainVAE:
             some = range(0, len(self.data.items), math.ceil(len(self.data.items) / 256))
             whiten_patches(self.network, torch.stack([self.data[0, i][0] for i in some]))
         self.network.to(run.device, memory_format=torch.channels_last).train()
+        if run.decoder_only:                             # the latents stay, and an LDM in them
+            self.network.encoder.requires_grad_(False)
+            self.network.quant_conv.requires_grad_(False)
         self.ema = Ema(self.network)
         self.optimizer = make_optimizer(self.network, settings)
         self.optimizers = [self.optimizer]
@@ -611,8 +623,9 @@ class TrainVAE:
 
     def save(self) -> None:
         vae = copy.deepcopy(self.ema.network)
-        vae.normalize_latents(*self.moments)
-        vae.scale_factor.fill_(LATENT_STD)
+        if not self.run.decoder_only:
+            vae.normalize_latents(*self.moments)
+            vae.scale_factor.fill_(LATENT_STD)
         weights.save(vae.state_dict(), self.run.folder / "vae.pt")
 
 
@@ -643,9 +656,7 @@ class TrainVocoder:
         self.val_items = run.items(run.val, [rate])
         plain = Generator(strides=STRIDES[rate], **run.config.vocoder)
         self.discriminators = Discriminators(*settings.discriminators).to(run.device)
-        if run.start:
-            self.start_from_nearest(plain)
-        elif settings.spectral_share:
+        if not self.start_from_nearest(plain) and settings.spectral_share:
             some = range(0, len(self.data.items), math.ceil(len(self.data.items) / 256))
             whiten(plain.conv_pre, torch.cat([mel_spectrogram(self.data[0, i][None], rate)[0] for i in some]))
         self.ema = Ema(plain.to(run.device))             # plain weights: what is saved needs no weight norm
@@ -662,13 +673,14 @@ class TrainVocoder:
                      "muon": self.muon, "optimizer": self.optimizer, "optimizer_d": self.optimizer_d}
         self.distributed, self.distributed_d = distribute(self.network), distribute(self.discriminators)
 
-    def start_from_nearest(self, generator: Generator) -> None:
-        """Start from this rate's vocoder, or from the one of the nearest rate, and from its discriminators: all rates
-        have tensors of the same shapes.  Those trained in this folder count too."""
+    def start_from_nearest(self, generator: Generator) -> bool:
+        """Where the run starts from a checkpoint, start from this rate's vocoder, or from the one of the nearest rate,
+        and from its discriminators: all rates have tensors of the same shapes.  Those trained in this folder count too.
+        Returns whether there was one."""
         there = {rate: folder for folder in (self.run.folder, self.run.start) for rate in RATES
-                 if (folder / f"vocoder_{rate}.pt").is_file()}
+                 if self.run.start and (folder / f"vocoder_{rate}.pt").is_file()}
         if not there:
-            raise ValueError(f"{self.run.start}: no vocoder to start from")
+            return False
         nearest = min(there, key=lambda rate: abs(rate - self.rate))
         path = there[nearest] / f"vocoder_{nearest}.pt"
         say(f"vocoder_{self.rate} starts from {path}")
@@ -676,6 +688,7 @@ class TrainVocoder:
         path = there[nearest] / f"discriminators_{nearest}.pt"
         if path.is_file():
             weights.load(self.discriminators, weights.read(path), path)
+        return True
 
     def step(self, parts: list[Tensor], epoch: int) -> dict[str, Tensor]:
         if epoch < self.settings.spectral_share * self.settings.epochs:
@@ -741,9 +754,13 @@ class TrainVocoder:
 def train_tokenizer(captions: list[str], vocabulary: int) -> sentencepiece.SentencePieceProcessor:
     """A sentencepiece model with T5's special tokens: pad 0, </s> 1, unknown 2, no start token."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions), model_writer=model, vocab_size=vocabulary, hard_vocab_limit=False,
-        character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(captions), model_writer=model, vocab_size=vocabulary, hard_vocab_limit=False,
+            character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    except RuntimeError as error:                        # more kinds of characters than tokens
+        raise ValueError(f"no tokenizer of {vocabulary} tokens can be made of these captions: give the text encoder a "
+                         f"larger vocabulary in config.json, or take --flan-t5 ({weights.first_line(error)})") from None
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
@@ -820,16 +837,10 @@ class TrainLDM:
     def __init__(self, run: Run, settings: Settings):
         self.run, self.settings = run, settings
         config, folder = run.config, run.folder
-        if not (folder / "vae.pt").is_file():
-            raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
         vae = SRCgAudio.load_vae(folder).to(run.device)
         self.text_encoder = self.make_text_encoder().to(run.device).requires_grad_(run.train_text_encoder)
         unet = run.network(UNet, config.unet, "unet.pt")
-        width = self.text_encoder.embedding.weight.shape[1]
-        if width != unet.context_width:
-            raise ValueError(f"the text encoder's width is {width}, the U-Net's context_width {unet.context_width}; "
-                             f"make them equal in {folder / 'config.json'}")
-
+        check_widths(self.text_encoder, unet, folder / "config.json")
         self.network = Denoiser(unet, self.text_encoder if run.train_text_encoder else None)
         self.network.to(run.device, memory_format=torch.channels_last).train()
         self.ema = Ema(self.network)
@@ -850,7 +861,8 @@ class TrainLDM:
         else:
             places = self.cached(captions, [digest("psi", text_digest, run.precision, caption) for caption in captions],
                                  lambda captions: captions, self.encode_caption, "captions")
-            texts = {caption: (int(start), int(size), width) for caption, (start, size) in zip(captions, places)}
+            texts = {caption: (int(start), int(size), unet.context_width)
+                     for caption, (start, size) in zip(captions, places)}
         train, val = run.items(run.train), run.items(run.val)
         files = {clip.path: file_digest(clip.path) for clip, _ in train + val}
         keys = [digest("latent", vae_digest, run.precision, config.seconds, rate, files[clip.path])
@@ -863,12 +875,10 @@ class TrainLDM:
         self.val_data = Latents(run, val, places[len(train):], texts, scale_factor, even_times(val, run.rates))
 
     def make_text_encoder(self) -> TextEncoder:
-        """A FLAN-T5; or the small encoder of the checkpoint to start from; or a new one with a tokenizer of its own."""
+        """A FLAN-T5; or the checkpoint's own encoder; or a new small one with a tokenizer of its own."""
         run, config = self.run, self.run.config
-        if isinstance(config.text_encoder, str):
+        if isinstance(config.text_encoder, str) or (run.folder / "text_encoder.pt").is_file():
             return SRCgAudio.load_text_encoder(run.folder)
-        if run.start and (run.start / "text_encoder.pt").is_file():
-            return SRCgAudio.load_text_encoder(run.start)
         encoder = TextEncoder(**config.text_encoder)
         encoder.initialize(torch.Generator().manual_seed(run.seed))
         captions = {clip.caption for clip in run.train} | set(run.tokenizer_captions)
@@ -963,7 +973,7 @@ def parse() -> argparse.Namespace:
         help="a caption file (path,caption or as AudioCaps, WavCaps, VGGSound and ESC-50 have them), then the folder "
              "with its audio if that is elsewhere; or, without ldm, a folder alone; several: --data for each")
     add("--val-data", type=Path, nargs="+", action="append", metavar="PATH",
-        help="the same for validation; without it every tenth clip is held out")
+        help="the same for validation; without it a tenth of the recordings is held out")
     add("--blacklist", type=Path, nargs="+", default=[], metavar="FILE",
         help="WavCaps' lists of test clips, to be left out")
     add("--checkpoint", required=True, type=Path, metavar="FOLDER", help="where the weights go")
@@ -974,6 +984,8 @@ def parse() -> argparse.Namespace:
     add("--start-from", type=Path, metavar="FOLDER",
         help="start from the weights of this checkpoint; a vocoder may start from one of another rate")
     add("--flan-t5", type=Path, metavar="FOLDER", help="a FLAN-T5 for the LDM, instead of a small text encoder")
+    add("--decoder-only", action="store_true",
+        help="train the VAE's decoder alone: the latents stay as they are, and so does an LDM that was trained in them")
     add("--train-text-encoder", action="store_true", help="train the small text encoder along with the U-Net")
     add("--tokenizer-captions", type=Path, metavar="FILE",
         help="the small text encoder's tokenizer learns from this caption file's captions too")
@@ -996,7 +1008,7 @@ def parse() -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace, device: torch.device) -> Run:
-    """Check everything that can be checked before the first step."""
+    """Check what can be checked before the first step; only then is anything written or deleted."""
     for rate in args.rates:
         check_rate(rate)
     for name in ("epochs", "batch", "lr", "accumulate"):
@@ -1009,6 +1021,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         raise ValueError("--seed must be from 0 to 2^31 - 1, --workers and --save-minutes at least 0")
     if args.no_rate_token and len(set(args.rates)) > 1:
         raise ValueError("--no-rate-token is for one rate; name it with --rates")
+    if args.decoder_only and not (args.start_from and (args.start_from / "vae.pt").is_file()):
+        raise ValueError("--decoder-only goes on from a trained VAE; name its folder with --start-from")
     if args.flan_t5 and args.train_text_encoder:
         raise ValueError("--train-text-encoder trains the small text encoder; a FLAN-T5 stays as it is")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -1017,32 +1031,33 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     outputs = {f"vocoder_{rate}": f"vocoder_{rate}.pt" for rate in args.rates} if "vocoder" in args.jobs else {}
     outputs |= {job: name for job, name in (("vae", "vae.pt"), ("ldm", "unet.pt")) if job in args.jobs}
     for job, name in outputs.items():
-        state = folder / f"{job}_state.pt"
-        if args.overwrite and rank() == 0:
-            state.unlink(missing_ok=True)
-        if (folder / name).exists() and not state.exists() and not args.overwrite:
+        if (folder / name).exists() and not (folder / f"{job}_state.pt").exists() and not args.overwrite:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
 
+    source = folder if (folder / "config.json").exists() else args.start_from
+    config = SRCgAudio.load_config(source) if source else PRESETS[args.preset or "small"]
+    if args.preset not in (None, config.preset):
+        raise ValueError(f"{source} holds the preset {config.preset!r}, not {args.preset!r}; name another folder")
+    copies = []                                          # what the folder to start from has and this run does not make
     if args.start_from:
         SRCgAudio.load_config(args.start_from)
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in args.start_from.iterdir():
-            if (path.suffix in (".json", ".model", ".pt") and not path.name.endswith("_state.pt")
-                    and path.name not in outputs.values() and not (folder / path.name).exists()):
-                shutil.copy(path, folder)
-    if (folder / "config.json").exists():
-        config = SRCgAudio.load_config(folder)
-        if args.preset not in (None, config.preset):
-            raise ValueError(f"{folder} holds the preset {config.preset!r}, not {args.preset!r}; "
-                             f"name another --checkpoint")
-    else:
-        config = PRESETS[args.preset or "small"]
+        copies = [path for path in sorted(args.start_from.iterdir())
+                  if path.suffix in (".json", ".model", ".pt") and not path.name.endswith("_state.pt")
+                  and path.name not in outputs.values() and not (folder / path.name).exists()]
+        if "vae" in args.jobs and not args.decoder_only:               # a U-Net is of no use in another VAE's latents
+            copies = [path for path in copies if path.name != "unet.pt"]
     if args.flan_t5:
         encoder = TextEncoder.from_pretrained(args.flan_t5)            # fails here rather than after the VAE
         config = replace(config, text_encoder=str(args.flan_t5.resolve()),
                          unet=config.unet | {"context_width": encoder.embedding.weight.shape[1]})
     if args.no_rate_token:
         config = replace(config, unet=config.unet | {"tokens": ["time"]})
+    if "ldm" in args.jobs:
+        if len(set(args.rates)) > 1 and "rate" not in config.unet.get("tokens", ["rate"]):
+            raise ValueError(f"the U-Net of {source} is not told the rate, so it can learn one alone; name it with "
+                             f"--rates, or start from one that has the token (weights.py import --add-tokens)")
+        if "vae" not in args.jobs and not (folder / "vae.pt").is_file() and "vae.pt" not in {p.name for p in copies}:
+            raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
 
     cache = Cache(args.cache or folder.parent / "cache")
     arguments = dict(cache=cache, captions="ldm" in args.jobs, blacklists=args.blacklist, progress=rank() == 0)
@@ -1051,9 +1066,11 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         val, left_out_of_val = find_clips(args.val_data, split="test", **arguments)
         left_out += left_out_of_val
     else:
-        held_out = set(np.random.default_rng(args.seed).permutation(len(train))[:max(1, len(train) // 10)].tolist())
-        val = [clip for i, clip in enumerate(train) if i in held_out]
-        train = [clip for i, clip in enumerate(train) if i not in held_out]
+        paths = sorted({clip.path for clip in train})                  # a recording may have several captions
+        order = np.random.default_rng(args.seed).permutation(len(paths))
+        held_out = {paths[i] for i in order[:max(1, len(paths) // 10)]}
+        val = [clip for clip in train if clip.path in held_out]
+        train = [clip for clip in train if clip.path not in held_out]
         if not train:
             raise ValueError(f"{args.data[0][0]}: one clip is too few; validation holds out another")
     tokenizer_captions = []
@@ -1063,10 +1080,20 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         rows = read_rows(args.tokenizer_captions, args.tokenizer_captions.parent, captions=True, split="train")
         tokenizer_captions = [row.caption for row in rows]
     run = Run(folder, config, train, val, sorted(set(args.rates)), args.any_rate, args.start_from,
-              args.train_text_encoder, tokenizer_captions, args.seed, device, pick_precision(device, args.precision),
-              args.workers, cache, args.accumulate, args.activation_checkpointing, args.save_minutes, args.plot)
+              args.decoder_only, args.train_text_encoder, tokenizer_captions, args.seed, device,
+              pick_precision(device, args.precision), args.workers, cache, args.accumulate,
+              args.activation_checkpointing, args.save_minutes, args.plot)
     report(run, left_out)
-    SRCgAudio.save_config(config, folder)
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in copies:
+            say(f"copying {path}")
+            with open(path, "rb") as file:
+                weights.replace_file(folder / path.name, partial(shutil.copyfileobj, file))
+        SRCgAudio.save_config(config, folder)
+        if args.overwrite:
+            for job in outputs:
+                (folder / f"{job}_state.pt").unlink(missing_ok=True)
     return run
 
 

@@ -284,7 +284,7 @@ def sample_posterior(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
 
 
 def vae_loss(mel: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
-    """The two terms that the VAE minimises, L1 + kl_weight * KL(q(z | mel) || N(0, I)), each a mean.
+    """A VAE's loss, L1 + kl_weight * KL(q(z | mel) || N(0, I)), each a mean; train.py adds two terms on detail.
 
     mel, decoded: (B, T, 64).  mean, logvar: (B, 8, T/4, 16).  Returns (total, L1).
     """

@@ -344,7 +344,7 @@ def save_safetensors(weights: Weights, path: str | Path) -> None:
 
 
 def save_json(content: dict, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    replace_file(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from test_data import BAD_AUDIO, bad_audio
 import weights
 from data import Cache, find_clips
 from srcgaudio import RATES, SRCgAudio, mel_spectrogram
+from unet import UNet
 
 ROOT = HERE.parent
 
@@ -202,6 +203,8 @@ def test_sampling_mistakes(checkpoint, command, tmp_path, arguments, parts):
 @pytest.mark.parametrize("name, content, message", [
     ("empty.txt", "", "no prompts"), ("a.csv", "caption\nrain\n", "id and caption"),
     ("b.csv", "id,caption\n../evil,rain\n", "no file name"), ("c.txt", "\xff\xfe\x00", "UTF-8"),
+    ("d.csv", "id,caption\n1,rain, and a dog\n", "line 2"), ("e.csv", "id,caption\n1\n", "no caption"),
+    ("f.csv", 'id,caption\n1,"rain\n2,wind\n', "quote"),
 ])
 def test_bad_prompt_files(checkpoint, command, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content.encode("latin-1"))
@@ -224,9 +227,15 @@ class Evil:
         return print, ("code from a checkpoint ran",)
 
 
+CHANGES = {"config of another preset": {"preset": "huge"}, "config without sizes": {"vae": None},
+           "config without an end": {"seconds": math.inf}}
+
+
 @pytest.mark.parametrize("harm, parts", [
     ("no config", ["config.json", "missing"]), ("config is not JSON", ["config.json"]),
     ("config of another program", ["config.json", "preset"]), ("config with another argument", ["config.json", "UNet"]),
+    ("config of another preset", ["config.json", "'huge'", "tiny"]), ("config without sizes", ["config.json", "sizes"]),
+    ("config without an end", ["config.json", "seconds"]), ("widths apart", ["config.json", "width is 64", "32"]),
     ("missing file", ["unet.pt", "no such"]), ("truncated file", ["unet.pt", "damaged"]),
     ("empty file", ["unet.pt", "damaged"]), ("hostile file", ["unet.pt", "damaged"]),
     ("another shape", ["unet.pt", "shape"]), ("missing tensor", ["unet.pt", "missing"]),
@@ -247,6 +256,12 @@ def test_bad_checkpoints(model, command, tmp_path, harm, parts):
         content = json.loads(config.read_text())
         content["unet"]["depth"] = 3
         config.write_text(json.dumps(content))
+    elif harm in CHANGES:
+        config.write_text(json.dumps(json.loads(config.read_text()) | CHANGES[harm]))
+    elif harm == "widths apart":
+        narrow = dict(model.config.unet, context_width=32)
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"unet": narrow}))
+        torch.save(UNet(**narrow).state_dict(), unet)
     elif harm == "missing file":
         unet.unlink()
     elif harm == "truncated file":
@@ -293,6 +308,7 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     (["vae", "--tokenizer-captions", "not_there.csv"], ["not_there.csv", "no such caption file"]),
     (["ldm", "--flan-t5", "x", "--train-text-encoder"], ["--train-text-encoder"]),
     (["ldm", "--no-rate-token"], ["--rates"]),
+    (["vae", "--decoder-only"], ["--decoder-only", "--start-from"]),
     (["vae", "--accumulate", "3"], ["batch of 8", "3 equal parts"]),
     (["vae", "--save-minutes", "-1"], ["--save-minutes"]),
     (["vae", "--blacklist", "not_there.json"], ["not_there.json"]),
@@ -309,6 +325,17 @@ def test_training_replaces_no_weights_unasked(checkpoint, command, tmp_path):
     status, _, err = command("train.py", "vae", "--data", few_clips(tmp_path), "--checkpoint", checkpoint, "--preset",
                              "small", "--overwrite")
     one_line(status, err, "'tiny'", "'small'")
+
+
+def test_a_mistake_loses_and_leaves_nothing(checkpoint, command, tmp_path):
+    """Neither the state of a stopped run, for all that it is to be overwritten, nor copies of weights."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "vae_state.pt").write_text("precious")
+    for folder, *more in (("old", "--overwrite"), ("new", "--start-from", checkpoint)):
+        status, _, err = command("train.py", "vae", "--data", "typo.csv", "--checkpoint", tmp_path / folder, *more)
+        one_line(status, err, "typo.csv")
+    assert (tmp_path / "old" / "vae_state.pt").read_text() == "precious"
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_rate_above_the_recordings_is_asked_for(command, tmp_path):

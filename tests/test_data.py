@@ -153,6 +153,7 @@ def test_bad_audio_is_named(tmp_path, kind, message):
     ("path,text\na.wav,a dog\n", "no columns path"), ("file,caption\na.wav,a dog\n", "no columns path"),
     ("path,caption\na.wav,\n", "has no caption in captions.csv"), ("path,caption\na.wav\n", "has no caption"),
     ("path,caption\nnot_there.wav,a dog\n", "not_there.wav: no such audio file"), ("path,caption\n\xff\xfe", "UTF-8"),
+    ("path,caption\na.wav,a dog, then rain\n", "put quotes"), ('path,caption\na.wav,"a dog\nb.wav,rain\n', "not a CSV"),
     ("a,0,a dog,train\nb,half,a dog,train\n", "not every line is as VGGSound's are"),
     ("a,0,a dog,train\nb,0,a dog\n", "not every line is as VGGSound's are"),
 ])

@@ -371,6 +371,9 @@ def test_gaudio_is_not_told_its_rate(start, command, tmp_path):
     assert SRCgAudio.load_unet(tmp_path / "run").rate_token is None
     status, _, err = command(*start("ldm", tmp_path / "other", "--no-rate-token"))
     assert status == 2 and "rate_token" in err
+    arguments = [a for a in arguments if a != "--no-rate-token"]
+    status, _, err = command(*arguments, "--rates", 16_000, 24_000, "--overwrite")
+    one_line(status, err, "not told the rate", "--rates")
 
 
 def test_a_start_without_a_unet_gives_the_rest(start, command, tmp_path, checkpoint):
@@ -381,6 +384,60 @@ def test_a_start_without_a_unet_gives_the_rest(start, command, tmp_path, checkpo
     status, _, err = command(*[tmp_path / "base" if a == checkpoint else a for a in start("ldm", tmp_path / "run")])
     assert status == 0, err
     assert difference(checkpoint, tmp_path / "run", "text_encoder.pt") == 0
+
+
+def test_the_text_encoder_of_the_folder_stays(start, command, tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "run")
+    (tmp_path / "run" / "unet.pt").unlink()
+    arguments = [a for a in start("ldm", tmp_path / "run") if a not in ("--start-from", checkpoint)]
+    status, _, err = command(*arguments)
+    assert status == 0, err
+    assert difference(checkpoint, tmp_path / "run", "text_encoder.pt") == 0
+
+
+def test_a_vocoder_without_another_starts_anew(start, command, tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "base", ignore=shutil.ignore_patterns("vocoder_*"))
+    arguments = [tmp_path / "base" if a == checkpoint else a for a in start("vocoder", tmp_path / "run")]
+    assert command(*arguments)[0] == 0
+    assert (tmp_path / "run" / "vocoder_16000.pt").is_file()
+
+
+def test_a_new_vae_takes_no_unet_of_another(start, command, tmp_path):
+    assert command(*start("vae", tmp_path / "run"))[0] == 0
+    assert not (tmp_path / "run" / "unet.pt").exists()
+
+
+def test_a_recording_is_held_out_with_all_its_captions(command, tmp_path):
+    with open(few_clips(tmp_path), newline="") as file:
+        rows = list(csv.reader(file))
+    with open(tmp_path / "twice.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows + [[path, f"{caption}, again"] for path, caption in rows[1:]])
+    status, out, err = command("train.py", "vae", "--data", tmp_path / "twice.csv", "--preset", "tiny", "--epochs", 1,
+                               "--checkpoint", tmp_path / "run", "--rates", 16_000, "--workers", 0)
+    assert status == 0, err
+    assert "to train on: 4 clips" in out + err and "to validate on: 1 clips" in out + err
+
+
+def test_more_characters_than_tokens_are_named(start, command, tmp_path, checkpoint):
+    path = few_clips(tmp_path)
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))
+    many = "".join(map(chr, range(0x4e00, 0x4e00 + 300)))
+    with open(tmp_path / "many.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([rows[0]] + [[row[0], many] for row in rows[1:]])
+    shutil.copytree(checkpoint, tmp_path / "base", ignore=shutil.ignore_patterns("text_encoder.pt"))
+    arguments = [{path: tmp_path / "many.csv", checkpoint: tmp_path / "base"}.get(a, a)
+                 for a in start("ldm", tmp_path / "run")]
+    status, _, err = command(*arguments)
+    assert status == 2 and "128 tokens" in err and "--flan-t5" in err
+
+
+def test_a_decoder_trained_alone_leaves_the_latents(start, command, tmp_path, checkpoint):
+    status, _, err = command(*start("vae", tmp_path / "run", "--decoder-only"))
+    assert status == 0, err
+    before, after = (weights.read(folder / "vae.pt") for folder in (checkpoint, tmp_path / "run"))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_a_run_says_what_it_trains_on(command, tmp_path):
