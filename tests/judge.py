@@ -207,11 +207,13 @@ def main() -> None:
 
     rows = {}
     for path in (args.train, args.val):
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows[path] = list(csv.DictReader(file))
-        if not rows[path] or not {"path", "caption", "class"} <= set(rows[path][0]):
-            raise ValueError(f"{path}: no CSV with the columns path, caption and class")
+        if not rows[path] or not all(row.get(name) for row in rows[path] for name in ("path", "caption", "class")):
+            raise ValueError(f"{path}: no CSV with path, caption and class in every row")
     names = sorted({row["class"] for row in rows[args.train]})
+    if {row["class"] for row in rows[args.val]} != set(names):
+        raise ValueError(f"{args.val}: its classes are not those of {args.train}")
     if set(names) - set(NEW_WORDINGS):
         raise ValueError(f"{args.train}: {', '.join(set(names) - set(NEW_WORDINGS))}: add new wordings to {__file__}")
     if args.pictures:
