@@ -469,6 +469,7 @@ def build(cls: type[nn.Module], arguments: dict, path: Path, source: Path) -> nn
 
 
 def check_widths(text_encoder: TextEncoder, unet: UNet, source: Path) -> None:
+    """Raises ValueError if the text encoder's width d, which `source` names, is not that of the U-Net's condition."""
     width = text_encoder.embedding.weight.shape[1]
     if width != unet.context_width:
         raise ValueError(f"{source}: the text encoder's width is {width}, the U-Net's context_width "
@@ -590,7 +591,7 @@ class SRCgAudio:
         seconds = self.config.seconds if seconds is None else seconds
         check_rate(rate)
         if not prompts or isinstance(prompts, str):
-            raise ValueError(f"prompts must be a list with at least one text, got {prompts!r:.50}")
+            raise ValueError(f"there is no prompt; prompts must be a list of texts, got {prompts!r:.50}")
         if rate not in self.vocoders:
             raise ValueError(f"there is no vocoder for {rate} Hz in this checkpoint")
         if not 0.1 <= seconds <= 60:

@@ -336,7 +336,8 @@ def test_guidance_of_1_is_the_plain_model(model):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(prompts=[]), "no prompt"), (dict(rate=22_050), "no sampling rate 22050"), (dict(seconds=0), "0.1 to 60"),
+    (dict(prompts=[]), "no prompt"), (dict(prompts="a dog"), "a list of texts"),
+    (dict(rate=22_050), "no sampling rate 22050"), (dict(seconds=0), "0.1 to 60"),
     (dict(seconds=math.nan), "0.1 to 60"), (dict(seconds=1e9), "0.1 to 60"), (dict(steps=0), "from 1 to 1000"),
     (dict(steps=1001), "from 1 to 1000"), (dict(guidance=-1), "0 to 100"), (dict(guidance=math.inf), "0 to 100"),
 ])
