@@ -501,8 +501,8 @@ class Crops(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         epoch, i = key
         clip, rate = self.items[i]
-        # Short crops make many cheap steps.  But norms and attention of the VAE see the whole crop, and the tiny one fails
-        # on whole clips unless its last epochs have long crops.
+        # Short crops make many cheap steps.  But norms and attention of the VAE see the whole crop, and the tiny one
+        # fails on whole clips unless its last epochs have long crops.
         long = 0 < self.settings.epochs - epoch <= self.settings.long_epochs
         seconds = self.settings.frames * (8 if long else 1) / FRAMES_PER_SECOND
         latest = max(0.0, clip.samples / clip.rate - seconds)
@@ -875,10 +875,14 @@ class TrainLDM:
         self.val_data = Latents(run, val, places[len(train):], texts, scale_factor, even_times(val, run.rates))
 
     def make_text_encoder(self) -> TextEncoder:
-        """A FLAN-T5; or the checkpoint's own encoder; or a new small one with a tokenizer of its own."""
+        """A FLAN-T5; or the encoder of the checkpoint to start from, or of this one; or a new small one with its own
+        tokenizer."""
         run, config = self.run, self.run.config
-        if isinstance(config.text_encoder, str) or (run.folder / "text_encoder.pt").is_file():
+        if isinstance(config.text_encoder, str):
             return SRCgAudio.load_text_encoder(run.folder)
+        for folder in (run.start, run.folder):
+            if folder and (folder / "text_encoder.pt").is_file():
+                return SRCgAudio.load_text_encoder(folder)
         encoder = TextEncoder(**config.text_encoder)
         encoder.initialize(torch.Generator().manual_seed(run.seed))
         captions = {clip.caption for clip in run.train} | set(run.tokenizer_captions)
@@ -1041,11 +1045,12 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     copies = []                                          # what the folder to start from has and this run does not make
     if args.start_from:
         SRCgAudio.load_config(args.start_from)
+        not_copied = set(outputs.values())
+        if "vae" in args.jobs and not args.decoder_only:
+            not_copied.add("unet.pt")                    # of no use in another VAE's latents
         copies = [path for path in sorted(args.start_from.iterdir())
                   if path.suffix in (".json", ".model", ".pt") and not path.name.endswith("_state.pt")
-                  and path.name not in outputs.values() and not (folder / path.name).exists()]
-        if "vae" in args.jobs and not args.decoder_only:               # a U-Net is of no use in another VAE's latents
-            copies = [path for path in copies if path.name != "unet.pt"]
+                  and path.name not in not_copied and not (folder / path.name).exists()]
     if args.flan_t5:
         encoder = TextEncoder.from_pretrained(args.flan_t5)            # fails here rather than after the VAE
         config = replace(config, text_encoder=str(args.flan_t5.resolve()),
