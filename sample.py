@@ -62,8 +62,9 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
                                          f"line names; put quotes around a text with a comma")
                     prompts.append((row["id"] or "", row["caption"]))
                 for name, _ in prompts:
-                    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-                        raise ValueError(f"{path}: the id {name!r} is no file name; use letters, digits, '_' and '-'")
+                    if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".") or len(name.encode()) > 200:
+                        raise ValueError(f"{path}: the id {name!r:.60} is no file name; use letters, digits, '_' and "
+                                         f"'-', 200 bytes at most")
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a text file in UTF-8, or a quote is left open ({error})") from None
     if not prompts:
@@ -83,6 +84,8 @@ def plan(args: argparse.Namespace) -> list[tuple[str, str]]:
         prompts += read_prompts(args.prompts_file)
     if not prompts:
         raise ValueError('there is no prompt; say what to hear, such as: python sample.py "a dog barks"')
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; name a folder")
     named = {}
     for name, text in prompts:
         try:

@@ -440,7 +440,7 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()             # a meta device holds no numbers
     except (RuntimeError, AssertionError):
         raise ValueError(f"there is no device {name!r} here; try --device cpu") from None
     return device
@@ -632,10 +632,12 @@ def exit_cleanly(main) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; what was finished before is kept", file=sys.stderr)
         sys.exit(130)
-    except (torch.OutOfMemoryError, MemoryError):
-        print("error: the memory is full; a smaller --batch takes less", file=sys.stderr)
-        sys.exit(2)
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[-1]       # an error in a worker process comes with its traceback
         print(f"error: {line.removeprefix('ValueError: ')}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:         # torch has a class of its own for a GPU's memory alone
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        print("error: the memory is full; a smaller --batch takes less", file=sys.stderr)
         sys.exit(2)

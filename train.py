@@ -1048,6 +1048,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         not_copied = set(outputs.values())
         if "vae" in args.jobs and not args.decoder_only:
             not_copied.add("unet.pt")                    # of no use in another VAE's latents
+        if args.no_rate_token:                           # a gAudio makes sound at its own rate alone
+            not_copied |= {f"vocoder_{rate}.pt" for rate in RATES if rate not in args.rates}
         copies = [path for path in sorted(args.start_from.iterdir())
                   if path.suffix in (".json", ".model", ".pt") and not path.name.endswith("_state.pt")
                   and path.name not in not_copied and not (folder / path.name).exists()]

@@ -291,6 +291,8 @@ def build(module_class, arguments: dict, weights: Weights, source: str | Path, n
           sizes_source: Path | None = None) -> nn.Module:
     """A module made with `arguments`, which `sizes_source` holds if `source` does not, and filled by `load`."""
     try:
+        if any(arguments.get(name, 0) > len(weights) for name in ("layers", "blocks")):
+            raise ValueError(f"layers or blocks are more than the {len(weights)} tensors in {source}")
         with torch.device("meta"):                       # shapes alone: the file's tensors take their places
             module = module_class(**arguments)
     except Exception as error:                           # sizes from a file can be anything
@@ -391,6 +393,8 @@ def import_checkpoint(args: argparse.Namespace) -> None:
         config = replace(config, unet=sizes)
         parts["unet.pt"] = build(UNet, sizes, *rest)
 
+    if not parts and not args.flan_t5:
+        raise ValueError("there is nothing to import; name a --vae, --vocoder, --discriminators, --flan-t5 or --unet")
     for name in parts:
         if (folder / name).exists() and not args.overwrite:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")

@@ -20,7 +20,7 @@ from test_data import BAD_AUDIO, bad_audio
 
 import weights
 from data import Cache, find_clips
-from srcgaudio import RATES, SRCgAudio, mel_spectrogram
+from srcgaudio import RATES, SRCgAudio, exit_cleanly, mel_spectrogram
 from unet import UNet
 
 ROOT = HERE.parent
@@ -190,19 +190,22 @@ def one_line(status: int, err: str, *parts: str) -> None:
     (["x", "--batch", "0"], ["--batch"]),
     (["x", "--seed", "-1"], ["seed", "from 0"]),
     (["x", "--device", "tpu9"], ["tpu9", "--device cpu"]),
+    (["x", "--device", "meta"], ["meta", "--device cpu"]),
+    (["x", "--out", __file__], ["test_commands.py", "a file"]),
     (["--prompts-file", "not_there.txt"], ["not_there.txt"]),
     (["x", "--checkpoint", "not_there"], ["not_there", "no such checkpoint folder"]),
 ])
 def test_sampling_mistakes(checkpoint, command, tmp_path, arguments, parts):
     defaults = [] if "--checkpoint" in arguments else ["--checkpoint", checkpoint]
-    status, _, err = command("sample.py", *arguments, *defaults, "--out", tmp_path / "out")
+    status, _, err = command("sample.py", "--out", tmp_path / "out", *arguments, *defaults)
     one_line(status, err, *parts)
     assert not list(tmp_path.rglob("*.wav"))
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("empty.txt", "", "no prompts"), ("a.csv", "caption\nrain\n", "id and caption"),
-    ("b.csv", "id,caption\n../evil,rain\n", "no file name"), ("c.txt", "\xff\xfe\x00", "UTF-8"),
+    ("b.csv", "id,caption\n../evil,rain\n", "no file name"),
+    ("g.csv", f"id,caption\n{'x' * 250},rain\n", "200 bytes"), ("c.txt", "\xff\xfe\x00", "UTF-8"),
     ("d.csv", "id,caption\n1,rain, and a dog\n", "line 2"), ("e.csv", "id,caption\n1\n", "no caption"),
     ("f.csv", 'id,caption\n1,"rain\n2,wind\n', "quote"),
 ])
@@ -228,7 +231,8 @@ class Evil:
 
 
 CHANGES = {"config of another preset": {"preset": "huge"}, "config without sizes": {"vae": None},
-           "config without an end": {"seconds": math.inf}}
+           "config without an end": {"seconds": math.inf},
+           "config with endless layers": {"text_encoder": {"layers": 10 ** 12}}}
 
 
 @pytest.mark.parametrize("harm, parts", [
@@ -236,6 +240,7 @@ CHANGES = {"config of another preset": {"preset": "huge"}, "config without sizes
     ("config of another program", ["config.json", "preset"]), ("config with another argument", ["config.json", "UNet"]),
     ("config of another preset", ["config.json", "'huge'", "tiny"]), ("config without sizes", ["config.json", "sizes"]),
     ("config without an end", ["config.json", "seconds"]), ("widths apart", ["config.json", "width is 64", "32"]),
+    ("config with endless layers", ["config.json", "layers"]),
     ("missing file", ["unet.pt", "no such"]), ("truncated file", ["unet.pt", "damaged"]),
     ("empty file", ["unet.pt", "damaged"]), ("hostile file", ["unet.pt", "damaged"]),
     ("another shape", ["unet.pt", "shape"]), ("missing tensor", ["unet.pt", "missing"]),
@@ -356,6 +361,12 @@ def test_a_full_disk_loses_nothing(checkpoint, tmp_path):
                             text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     one_line(result.returncode, result.stderr, "vae.pt")
     assert (checkpoint / "vae.pt").read_bytes() == before and not (checkpoint / "vae.pt.new").exists()
+
+
+def test_a_full_memory_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        exit_cleanly(lambda: torch.empty(2 ** 50))
+    one_line(end.value.code, capsys.readouterr().err, "memory is full", "--batch")
 
 
 def test_ctrl_c_ends_in_130_without_a_traceback(tmp_path):

@@ -371,6 +371,7 @@ def test_gaudio_is_not_told_its_rate(start, command, tmp_path):
     assert SRCgAudio.load_unet(tmp_path / "run").rate_token is None
     status, _, err = command(*start("ldm", tmp_path / "other", "--no-rate-token"))
     assert status == 2 and "rate_token" in err
+    assert [path.name for path in (tmp_path / "other").glob("vocoder_*.pt")] == ["vocoder_16000.pt"]
     arguments = [a for a in arguments if a != "--no-rate-token"]
     status, _, err = command(*arguments, "--rates", 16_000, 24_000, "--overwrite")
     one_line(status, err, "not told the rate", "--rates")

@@ -423,6 +423,8 @@ def test_import_of_vocoders(tmp_path, run):
         status, _, err = run("import", "--checkpoint", ours, "--vocoder", *arguments)
         assert status == 2 and len(err.splitlines()) == 1 and all(part in err for part in parts), err
     assert not (ours / "vocoder_16000.pt").exists()
+    status, _, err = run("import", "--checkpoint", tmp_path / "none")
+    assert status == 2 and "nothing to import" in err and not (tmp_path / "none").exists(), err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
