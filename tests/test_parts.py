@@ -3,10 +3,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import judge
 from srcgaudio import RATES
-from vae import VAE, sample_posterior, vae_loss
+from vae import VAE, Upsample, sample_posterior, vae_loss
 from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, MultiPeriodDiscriminator, MultiScaleDiscriminator,
                      adversarial_loss, discriminator_loss, feature_matching_loss, generator_loss, stft_loss)
 
@@ -20,6 +21,12 @@ def test_vae_shapes():
         vae.encode(torch.randn(2, 25, 64))
     with pytest.raises(ValueError, match="three multiples of 32"):
         VAE((30, 60, 120))
+
+
+def test_upsampling_is_doubling_and_a_convolution():
+    upsample, x = Upsample(32), torch.randn(2, 32, 5, 7)
+    usual = upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(upsample(x), usual, rtol=0, atol=1e-5)
 
 
 def test_normalized_latents_decode_to_the_same():
