@@ -64,7 +64,6 @@ class Settings:
     batch: int                                           # items of a step, over all processes
     lr: float                                            # falls linearly to zero
     frames: int = 0                                      # length of the random crops; the LDM takes whole clips
-    long_epochs: int = 0                                 # the last ones: an eighth of the crops, eight times as long
     discriminators: tuple[int, int] = (0, 0)             # widths of the period and the scale discriminators
     spectral_share: float = 0.0                          # the first epochs do without the discriminators
     muon: bool = False                                   # instead of AdamW, for the VAE and the LDM
@@ -73,7 +72,7 @@ class Settings:
 
 SETTINGS = {
     "tiny": {
-        "vae": Settings(epochs=20, batch=8, lr=2e-3, frames=24, long_epochs=2, validate_every=19),
+        "vae": Settings(epochs=20, batch=8, lr=2e-3, frames=24, muon=True, validate_every=10),
         "vocoder": Settings(epochs=20, batch=8, lr=3e-3, frames=16, discriminators=(2, 8), validate_every=10),
         "ldm": Settings(epochs=40, batch=8, lr=1e-3, validate_every=10),
     },
@@ -211,34 +210,23 @@ def say(line: str) -> None:
 
 class Plan:
     """Which items each step takes: all of them once an epoch, in a new order, one epoch after the other, cut into full
-    batches.  The last `long_epochs` have batches an eighth as large."""
+    batches."""
 
     def __init__(self, items: int, settings: Settings, run: Run):
         self.items, self.settings, self.run = items, settings, run
-        self.long_batch = max(1, settings.batch // 8)
-        self.first_long = items * max(0, settings.epochs - settings.long_epochs)
-        self.short_steps = self.first_long // settings.batch
-        long_steps = items * min(settings.long_epochs, settings.epochs) // self.long_batch
-        self.steps = max(1, self.short_steps + long_steps)
-        for batch in (settings.batch, self.long_batch) if settings.long_epochs else (settings.batch,):
-            if batch % (processes() * run.accumulate):
-                raise ValueError(f"a batch of {batch} can't be shared by {processes()} processes in {run.accumulate} "
-                                 f"equal parts each; choose another --batch or --accumulate")
-
-    def position(self, step: int) -> tuple[int, int]:
-        """How many items come before a step, and how many it takes."""
-        if self.settings.long_epochs and step >= self.short_steps:
-            return self.first_long + (step - self.short_steps) * self.long_batch, self.long_batch
-        return step * self.settings.batch, self.settings.batch
+        self.steps = max(1, items * settings.epochs // settings.batch)
+        if settings.batch % (processes() * run.accumulate):
+            raise ValueError(f"a batch of {settings.batch} can't be shared by {processes()} processes in "
+                             f"{run.accumulate} equal parts each; choose another --batch or --accumulate")
 
     def epoch(self, step: int) -> int:
-        return self.position(step)[0] // self.items
+        return step * self.settings.batch // self.items
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """The (epoch, item) of each item."""
-        first, size = self.position(step)
+        first = step * self.settings.batch
         return [(i // self.items, int(shuffled(self.items, self.run.seed, i // self.items)[i % self.items]))
-                for i in range(first, first + size)]
+                for i in range(first, first + self.settings.batch)]
 
     def parts(self, step: int) -> Iterator[list[tuple[int, int]]]:
         """This process's share of the batches from `step` on, each in `accumulate` parts."""
@@ -496,18 +484,14 @@ class Crops(Dataset):
     """Random crops as waves (frames * hop,), each from (seed, epoch, item)."""
 
     def __init__(self, run: Run, items: list[tuple[Clip, int]], settings: Settings):
-        self.seed, self.items, self.settings = run.seed, items, settings
+        self.seed, self.items, self.seconds = run.seed, items, settings.frames / FRAMES_PER_SECOND
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         epoch, i = key
         clip, rate = self.items[i]
-        # Short crops make many cheap steps.  But norms and attention of the VAE see the whole crop, and the tiny one
-        # fails on whole clips unless its last epochs have long crops.
-        long = 0 < self.settings.epochs - epoch <= self.settings.long_epochs
-        seconds = self.settings.frames * (8 if long else 1) / FRAMES_PER_SECOND
-        latest = max(0.0, clip.samples / clip.rate - seconds)
+        latest = max(0.0, clip.samples / clip.rate - self.seconds)
         start = np.random.default_rng((self.seed, epoch, i)).uniform(0, latest)
-        return clip.read(rate, start, seconds)
+        return clip.read(rate, start, self.seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -68,13 +68,6 @@ def test_an_epoch_is_every_item_once(items, epochs, batch):
     assert sum(plan.validates(step) for step in range(1, plan.steps + 1)) <= epochs and plan.validates(plan.steps)
 
 
-def test_the_last_epochs_take_long_crops_in_small_batches():
-    plan = Plan(20, Settings(epochs=4, batch=16, lr=1e-3, long_epochs=1), OneProcess)
-    sizes = [len(plan.batch(step)) for step in range(plan.steps)]
-    assert sizes == [16] * 3 + [2] * 10
-    assert all(epoch == 3 for step in range(3, 13) for epoch, _ in plan.batch(step))
-
-
 def test_processes_and_parts_share_each_batch(monkeypatch):
     class Run:
         seed, accumulate = 0, 2
