@@ -995,8 +995,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepare(args: argparse.Namespace, device: torch.device) -> Run:
-    """Check what can be checked before the first step; only then is anything written or deleted."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that are wrong whatever the data holds."""
     for rate in args.rates:
         check_rate(rate)
     for name in ("epochs", "batch", "lr", "accumulate"):
@@ -1015,6 +1015,28 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         raise ValueError("--train-text-encoder trains the small text encoder; a FLAN-T5 stays as it is")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot draws with matplotlib, which is not installed: pip install matplotlib")
+
+
+def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[Clip], list[str]]:
+    """The clips to train and to validate on, and a line for each that is left out."""
+    arguments = dict(cache=cache, captions="ldm" in args.jobs, blacklists=args.blacklist, progress=rank() == 0)
+    train, left_out = find_clips(args.data, **arguments)
+    if args.val_data:
+        val, left_out_of_val = find_clips(args.val_data, split="test", **arguments)
+        return train, val, left_out + left_out_of_val
+    paths = sorted({clip.path for clip in train})                      # a recording may have several captions
+    order = np.random.default_rng(args.seed).permutation(len(paths))
+    held_out = {paths[i] for i in order[:max(1, len(paths) // 10)]}
+    val = [clip for clip in train if clip.path in held_out]
+    train = [clip for clip in train if clip.path not in held_out]
+    if not train:
+        raise ValueError(f"{args.data[0][0]}: one clip is too few; validation holds out another")
+    return train, val, left_out
+
+
+def prepare(args: argparse.Namespace, device: torch.device) -> Run:
+    """Check what can be checked before the first step; only then is anything written or deleted."""
+    check_arguments(args)
     folder = args.checkpoint
     outputs = {f"vocoder_{rate}": f"vocoder_{rate}.pt" for rate in args.rates} if "vocoder" in args.jobs else {}
     outputs |= {job: name for job, name in (("vae", "vae.pt"), ("ldm", "unet.pt")) if job in args.jobs}
@@ -1051,19 +1073,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
             raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
 
     cache = Cache(args.cache or folder.parent / "cache")
-    arguments = dict(cache=cache, captions="ldm" in args.jobs, blacklists=args.blacklist, progress=rank() == 0)
-    train, left_out = find_clips(args.data, **arguments)
-    if args.val_data:
-        val, left_out_of_val = find_clips(args.val_data, split="test", **arguments)
-        left_out += left_out_of_val
-    else:
-        paths = sorted({clip.path for clip in train})                  # a recording may have several captions
-        order = np.random.default_rng(args.seed).permutation(len(paths))
-        held_out = {paths[i] for i in order[:max(1, len(paths) // 10)]}
-        val = [clip for clip in train if clip.path in held_out]
-        train = [clip for clip in train if clip.path not in held_out]
-        if not train:
-            raise ValueError(f"{args.data[0][0]}: one clip is too few; validation holds out another")
+    train, val, left_out = find_data(args, cache)
     tokenizer_captions = []
     if args.tokenizer_captions:
         if not args.tokenizer_captions.is_file():
