@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import soundfile
@@ -57,14 +58,17 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
                     raise ValueError(f"{path}: its first line must name the columns id and caption")
                 prompts = []
                 for row in reader:
-                    if None in row or not row["caption"]:
+                    if None in row or not (row["caption"] or "").strip():
                         raise ValueError(f"{path}, line {reader.line_num}: no caption, or more fields than the first "
                                          f"line names; put quotes around a text with a comma")
                     prompts.append((row["id"] or "", row["caption"]))
                 for name, _ in prompts:
                     if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".") or len(name.encode()) > 200:
-                        raise ValueError(f"{path}: the id {name!r:.60} is no file name; use letters, digits, '_' and "
-                                         f"'-', 200 bytes at most")
+                        raise ValueError(f"{path}: the id {name!r:.60} is no file name; use letters, digits, '_', '-' "
+                                         f"and '.', 200 bytes at most")
+                for name, times in Counter(name for name, _ in prompts).items():
+                    if times > 1:
+                        raise ValueError(f"{path}: the id {name} stands {times} times; each names a file")
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a text file in UTF-8, or a quote is left open ({error})") from None
     if not prompts:

@@ -106,6 +106,7 @@ class Run:
 
     folder: Path                                         # the checkpoint
     config: Config
+    settings: dict[str, Settings]                        # of each job
     train: list[Clip]
     val: list[Clip]
     rates: list[int]
@@ -124,15 +125,19 @@ class Run:
     save_minutes: float
     plot: bool
 
-    def items(self, clips: list[Clip], rates: list[int] | None = None) -> list[tuple[Clip, int]]:
-        """Every clip at each of its rates, among the run's or those given."""
+    def items(self, clips: list[Clip], rates: list[int] | None = None, once: bool = False) -> list[tuple[Clip, int]]:
+        """Every clip at each of its rates, among the run's or those given.  once: however many captions it has."""
         rates = rates or self.rates
+        purpose = "validate" if clips is self.val else "train"
+        if once:
+            clips = {clip.path: clip for clip in clips}.values()
         items = [(clip, rate) for clip in clips for rate in rates if self.any_rate or clip.reaches(rate)]
         count = Counter(rate for _, rate in items)
         for rate in rates:
             if not count[rate]:
-                raise ValueError(f"no clip reaches {rate} Hz (the highest file is at {max(c.rate for c in clips)} Hz); "
-                                 f"leave that rate out, or allow upsampling with --any-rate")
+                raise ValueError(f"no clip to {purpose} on reaches {rate} Hz (the highest file is at "
+                                 f"{max(c.rate for c in clips)} Hz); leave that rate out, allow upsampling with "
+                                 f"--any-rate, or name other clips")
         return items
 
     def identity(self, settings: Settings) -> dict[str, str]:
@@ -156,7 +161,7 @@ class Run:
 
 
 def ignore_signals(_worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):       # theirs to handle is the main process
+    for number in (signal.SIGINT, signal.SIGTERM):       # the main process handles these
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -215,9 +220,6 @@ class Plan:
     def __init__(self, items: int, settings: Settings, run: Run):
         self.items, self.settings, self.run = items, settings, run
         self.steps = max(1, items * settings.epochs // settings.batch)
-        if settings.batch % (processes() * run.accumulate):
-            raise ValueError(f"a batch of {settings.batch} can't be shared by {processes()} processes in "
-                             f"{run.accumulate} equal parts each; choose another --batch or --accumulate")
 
     def epoch(self, step: int) -> int:
         return step * self.settings.batch // self.items
@@ -397,7 +399,7 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
     barrier()                                            # all have read the state before it is written again
     with (open_log(log_path, log_bytes) as file, stop_when_asked() as asked,
           tqdm(total=plan.steps, initial=step, desc=name, disable=rank() > 0) as bar):
-        log = csv.writer(file)
+        log = csv.writer(file, lineterminator="\n")
         saved = save_state() if rank() == 0 else 0.0     # at step 0 too: the same start, however soon it is stopped
         loader = iter(run.data_loader(job.data, batch_sampler=plan.parts(step), collate_fn=job.collate))
         while step < plan.steps:
@@ -560,7 +562,7 @@ class TrainVAE:
     def __init__(self, run: Run, settings: Settings):
         self.run = run
         self.network = run.network(VAE, run.config.vae, "vae.pt")
-        self.data = MelCrops(run, run.items(run.train), settings)
+        self.data = MelCrops(run, run.items(run.train, once=True), settings)
         if not (run.start and (run.start / "vae.pt").is_file()):
             some = range(0, len(self.data.items), math.ceil(len(self.data.items) / 256))
             whiten_patches(self.network, torch.stack([self.data[0, i][0] for i in some]))
@@ -573,7 +575,7 @@ class TrainVAE:
         self.optimizers = [self.optimizer]
         self.kept = {"network": self.network, "ema": self.ema.network, "optimizer": self.optimizer}
         self.distributed = distribute(self.network)
-        self.val_items = run.items(run.val)
+        self.val_items = run.items(run.val, once=True)
 
     def step(self, parts: list, _epoch: int) -> dict[str, Tensor]:
         return descend(self.distributed, self.optimizer, parts, self.losses)
@@ -586,8 +588,8 @@ class TrainVAE:
         # How bands flicker, which tells the rates apart, is a small part of the L1; all of it is in the differences.
         error = decoded - mel
         detail = error.diff(dim=1).abs().mean() + error.diff(dim=2).abs().mean()
-        # What cannot be foretold an L1 leaves out, and rain comes out smooth.  AudioLDM's VAE has a discriminator
-        # against it; at this size, to ask for as much flicker as the recording has does it.
+        # An L1 rewards the median of all that may be, so what cannot be foretold is averaged away and rain comes out
+        # smooth.  AudioLDM's VAE has a discriminator against it; here, asking for the recording's flicker is enough.
         flicker = (texture(decoded) - texture(mel)).abs().mean()
         return {"loss": loss + detail + 0.5 * flicker, "l1": l1, "detail": detail, "flicker": flicker}
 
@@ -621,7 +623,7 @@ class TrainVAE:
 def whiten(conv: Conv1d, mels: Tensor) -> None:
     """Add mixtures of the principal components of mels (N, 64), brought to one scale, to a vocoder's first layer.
 
-    The first of them, loudness, has most of a log-mel's variance; who hears it above all is slow to learn the rest.
+    The first of them, loudness, has most of a log-mel's variance; a network that sees little else is slow at the rest.
     """
     variances, components = torch.linalg.eigh(mels.T.cov())
     mixtures = torch.randn(conv.weight.shape[:2]) @ (components / (variances + 0.1).sqrt()).T         # (C, 64)
@@ -636,8 +638,8 @@ class TrainVocoder:
 
     def __init__(self, rate: int, run: Run, settings: Settings):
         self.run, self.rate, self.settings = run, rate, settings
-        self.data = Crops(run, run.items(run.train, [rate]), settings)
-        self.val_items = run.items(run.val, [rate])
+        self.data = Crops(run, run.items(run.train, [rate], once=True), settings)
+        self.val_items = run.items(run.val, [rate], once=True)
         plain = Generator(strides=STRIDES[rate], **run.config.vocoder)
         self.discriminators = Discriminators(*settings.discriminators).to(run.device)
         if not self.start_from_nearest(plain) and settings.spectral_share:
@@ -690,10 +692,11 @@ class TrainVocoder:
             generated = self.distributed(mel)                                                # (B, L)
         mel_generated = mel_spectrogram(generated, self.rate)
         of_mel = mel_loss(mel, mel_generated)
-        # What a tone has above the bands beside it is a small part of the L1; all of a rooster's harmonics are in it.
+        # A tone that stands out from the bands beside it adds little to the L1, so what stands out counts once more.
         error = mel_generated - mel
         of_tones = (error - F.avg_pool1d(error, 7, 1, 3)).abs().mean()
-        # To most bands of the mel a buzz of one pulse a hop is as good as noise; a longer window sees its lines.
+        # A buzz of one pulse a hop has lines 100 Hz apart.  Most bands of the mel are wider and take it for noise; a
+        # longer window sees the lines.
         n_fft = RATES[self.rate].n_fft
         of_stft = (stft_loss(wave, generated, n_fft // 2) + stft_loss(wave, generated, 2 * n_fft)) / 2
         return {"loss": of_mel + 4 * of_tones + of_stft / 2, "mel": of_mel}
@@ -834,6 +837,10 @@ class TrainLDM:
         if run.activation_checkpointing:                 # after the EMA's copy, which needs none
             checkpoint_activations(unet)
         self.distributed = distribute(self.network)
+        step = 4 * unet.multiple                         # frames
+        if round(config.seconds * FRAMES_PER_SECOND) % step:
+            raise ValueError(f"{folder / 'config.json'}: seconds must be a multiple of {step / FRAMES_PER_SECOND} for "
+                             f"this U-Net, got {config.seconds}")
 
         # The frozen parts run once.  What they made is found again by what they made it from.
         vae_digest, text_digest = network_digest(vae), network_digest(self.text_encoder)
@@ -845,6 +852,7 @@ class TrainLDM:
         else:
             places = self.cached(captions, [digest("psi", text_digest, run.precision, caption) for caption in captions],
                                  lambda captions: captions, self.encode_caption, "captions")
+            self.text_encoder.cpu()                      # 1.3 GiB of FLAN-T5-large
             texts = {caption: (int(start), int(size), unet.context_width)
                      for caption, (start, size) in zip(captions, places)}
         train, val = run.items(run.train), run.items(run.val)
@@ -956,7 +964,7 @@ def even_times(items: list[tuple[Clip, int]], rates: list[int]) -> Tensor:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train SRC-gAudio's VAE, vocoders and latent diffusion model.")
     add = parser.add_argument
-    add("jobs", nargs="+", choices=["vae", "vocoder", "ldm"], help="what to train, in this order")
+    add("jobs", nargs="+", choices=["vae", "vocoder", "ldm"], help="what to train; the VAE first, the LDM last")
     add("--data", required=True, type=Path, nargs="+", action="append", metavar="PATH",
         help="a caption file (path,caption or as AudioCaps, WavCaps, VGGSound and ESC-50 have them), then the folder "
              "with its audio if that is elsewhere; or, without ldm, a folder alone; several: --data for each")
@@ -1007,12 +1015,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--spectral-share must be from 0 to 1, got {args.spectral_share}")
     if not 0 <= args.seed < 2 ** 31 or args.workers < 0 or not args.save_minutes >= 0:
         raise ValueError("--seed must be from 0 to 2^31 - 1, --workers and --save-minutes at least 0")
+    for job, names in (("vae", ["decoder_only"]), ("vocoder", ["spectral_share"]),
+                       ("ldm", ["no_rate_token", "flan_t5", "train_text_encoder", "tokenizer_captions"])):
+        for name in names:
+            if job not in args.jobs and getattr(args, name) not in (None, False):
+                raise ValueError(f"--{name.replace('_', '-')} is for the job {job}, which is not asked for")
     if args.no_rate_token and len(set(args.rates)) > 1:
         raise ValueError("--no-rate-token is for one rate; name it with --rates")
     if args.decoder_only and not (args.start_from and (args.start_from / "vae.pt").is_file()):
         raise ValueError("--decoder-only goes on from a trained VAE; name its folder with --start-from")
-    if args.flan_t5 and args.train_text_encoder:
-        raise ValueError("--train-text-encoder trains the small text encoder; a FLAN-T5 stays as it is")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot draws with matplotlib, which is not installed: pip install matplotlib")
 
@@ -1035,7 +1046,7 @@ def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[
 
 
 def prepare(args: argparse.Namespace, device: torch.device) -> Run:
-    """Check what can be checked before the first step; only then is anything written or deleted."""
+    """Check what can be checked before the first step; only then is anything but the cache written or deleted."""
     check_arguments(args)
     folder = args.checkpoint
     outputs = {f"vocoder_{rate}": f"vocoder_{rate}.pt" for rate in args.rates} if "vocoder" in args.jobs else {}
@@ -1043,6 +1054,10 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     for job, name in outputs.items():
         if (folder / name).exists() and not (folder / f"{job}_state.pt").exists() and not args.overwrite:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
+    new_latents = "vae" in args.jobs and not args.decoder_only and (args.overwrite or not (folder / "vae.pt").exists())
+    if new_latents and "ldm" not in args.jobs and (folder / "unet.pt").exists():
+        raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE it was trained with alone; name another "
+                         f"--checkpoint, train both anew (vae ldm), or keep the latents with --decoder-only")
 
     source = folder if (folder / "config.json").exists() else args.start_from
     config = SRCgAudio.load_config(source) if source else PRESETS[args.preset or "small"]
@@ -1066,11 +1081,21 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     if args.no_rate_token:
         config = replace(config, unet=config.unet | {"tokens": ["time"]})
     if "ldm" in args.jobs:
+        if isinstance(config.text_encoder, str) and args.train_text_encoder:
+            raise ValueError("--train-text-encoder trains the small text encoder; a FLAN-T5 stays as it is")
         if len(set(args.rates)) > 1 and "rate" not in config.unet.get("tokens", ["rate"]):
             raise ValueError(f"the U-Net of {source} is not told the rate, so it can learn one alone; name it with "
                              f"--rates, or start from one that has the token (weights.py import --add-tokens)")
         if "vae" not in args.jobs and not (folder / "vae.pt").is_file() and "vae.pt" not in {p.name for p in copies}:
             raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
+
+    names = ("epochs", "batch", "lr", "spectral_share")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = {job: replace(SETTINGS[config.preset][job], **changes) for job in args.jobs}
+    for job in args.jobs:
+        if settings[job].batch % (processes() * args.accumulate):
+            raise ValueError(f"{job}: a batch of {settings[job].batch} can't be shared by {processes()} processes in "
+                             f"{args.accumulate} equal parts each; choose another --batch or --accumulate")
 
     cache = Cache(args.cache or folder.parent / "cache")
     train, val, left_out = find_data(args, cache)
@@ -1080,7 +1105,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
             raise ValueError(f"{args.tokenizer_captions}: no such caption file")
         rows = read_rows(args.tokenizer_captions, args.tokenizer_captions.parent, captions=True, split="train")
         tokenizer_captions = [row.caption for row in rows]
-    run = Run(folder, config, train, val, sorted(set(args.rates)), args.any_rate, args.start_from,
+    run = Run(folder, config, settings, train, val, sorted(set(args.rates)), args.any_rate, args.start_from,
               args.decoder_only, args.train_text_encoder, tokenizer_captions, args.seed, device,
               pick_precision(device, args.precision), args.workers, cache, args.accumulate,
               args.activation_checkpointing, args.save_minutes, args.plot)
@@ -1126,18 +1151,15 @@ def main() -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     with main_process_first():
         run = prepare(args, device)
-    names = ("epochs", "batch", "lr", "spectral_share")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    for job in args.jobs:
-        settings = replace(SETTINGS[run.config.preset][job], **changes)
-        if job == "vae":
-            fit("vae", TrainVAE, settings, run)
-        elif job == "vocoder":
-            for rate in run.rates:
-                fit(f"vocoder_{rate}", partial(TrainVocoder, rate), settings, run)
-        else:
-            fit("ldm", TrainLDM, settings, run)
-        barrier()                                        # the next job reads what rank 0 has written
+    if "vae" in args.jobs:
+        fit("vae", TrainVAE, run.settings["vae"], run)
+        barrier()                                        # the LDM reads what rank 0 has written
+    if "vocoder" in args.jobs:
+        for rate in run.rates:
+            fit(f"vocoder_{rate}", partial(TrainVocoder, rate), run.settings["vocoder"], run)
+            barrier()                                    # and the next vocoder
+    if "ldm" in args.jobs:
+        fit("ldm", TrainLDM, run.settings["ldm"], run)
     say(f"the checkpoint is {run.folder}")
     if dist.is_initialized():
         dist.destroy_process_group()

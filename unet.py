@@ -203,13 +203,13 @@ class UNet(nn.Module):
     heads: attention heads at each of these levels.
     cross_attention: which levels attend to c, from the full latent resolution down.  The default is Stable
         Diffusion's placement, which the paper's parameter count bears out; the paper's words, "the last three
-        encoder blocks and the first three decoder blocks", are (False, True, True, True) with 656.0 M.
-    cross_attention_middle: whether the middle block does (722.6 M with the placement above).
+        encoder blocks and the first three decoder blocks", are (False, True, True, True): 724.7 M.
+    cross_attention_middle: whether the middle block does (658.1 M with the placement above if it does not).
     context_width: d, the width of the text embedding and of the condition's tokens.
     tokens: which scalars become tokens of c.  SRC-gAudio ("time", "rate"), gAudio ("time",), Tango ().
     blocks: residual blocks of an encoder block (a decoder block has one more).
-    groups: of channels in each norm, which takes away the mean of each.  Of groups of two channels it leaves too
-        little to tell how far the latent's own means are off, and these drift in sampling: narrow networks take fewer.
+    groups: of channels in each norm, which takes away the mean of each.  With two channels a group, too little is left
+        to tell how far the latent's own means are off, and they drift while one samples: narrow networks take fewer.
     predicts: "eps"; or "v", as Tango's network does, which NoiseSchedule.eps_from_v makes eps_theta.
     """
 

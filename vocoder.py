@@ -57,12 +57,14 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 class ResBlock(nn.Module):
     """Three residual pairs of a dilated and a plain convolution, (B, C, 1, L) -> (B, C, 1, L)."""
 
-    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...] = (1, 3, 5)):
+    DILATIONS = (1, 3, 5)
+
+    def __init__(self, channels: int, kernel: int):
         super().__init__()
         self.convs1 = nn.ModuleList(
-            Conv1d(channels, channels, kernel, dilation=d, padding=d * (kernel // 2)) for d in dilations)
+            Conv1d(channels, channels, kernel, dilation=d, padding=d * (kernel // 2)) for d in self.DILATIONS)
         self.convs2 = nn.ModuleList(
-            Conv1d(channels, channels, kernel, padding=kernel // 2) for _ in dilations)
+            Conv1d(channels, channels, kernel, padding=kernel // 2) for _ in self.DILATIONS)
 
     def forward(self, x: Tensor) -> Tensor:
         for conv1, conv2 in zip(self.convs1, self.convs2):
@@ -139,7 +141,7 @@ class Generator(nn.Module):
         channels, n_mels, _ = weights.shape_of(tensors, "conv_pre.weight", 3, path)
         config_path = (path if path.is_dir() else path.parent) / "config.json"
         config = weights.read_json(config_path) if path.is_dir() or config_path.is_file() else {}
-        if path.is_dir() or "upsample_rates" in config:                           # a file may lie beside another's
+        if path.is_dir() or "upsample_rates" in config:                           # may be another file's
             weights.check_config(config, {
                 "resblock": "1", "resblock_kernel_sizes": list(cls.RES_KERNELS), "normalize_before": False,
                 "resblock_dilation_sizes": [[1, 3, 5]] * 3, "leaky_relu_slope": 0.1,

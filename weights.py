@@ -355,7 +355,7 @@ def save_json(content: dict, path: Path) -> None:
 
 def import_checkpoint(args: argparse.Namespace) -> None:
     """Make a checkpoint folder, or complete one, from published files.  All are read before anything is written."""
-    from srcgaudio import PRESETS, RATES, SRCgAudio, TextEncoder, check_rate
+    from srcgaudio import PRESETS, RATES, SRCgAudio, TextEncoder, check_rate, check_widths
     from unet import UNet
     from vae import VAE
     from vocoder import KERNELS, STRIDES, Generator, discriminators_from_pretrained
@@ -383,6 +383,10 @@ def import_checkpoint(args: argparse.Namespace) -> None:
         parts[f"discriminators_{rate}.pt"] = discriminators_from_pretrained(path)
     if args.flan_t5:
         encoder = TextEncoder.from_pretrained(args.flan_t5)
+        if not args.unet and (folder / "unet.pt").exists():
+            check_widths(encoder, SRCgAudio.load_unet(folder), args.flan_t5)
+        if not args.unet:
+            config = replace(config, unet=config.unet | {"context_width": encoder.embedding.weight.shape[1]})
         if args.flan_t5.is_dir():                        # a FLAN-T5 stays in its own folder
             config = replace(config, text_encoder=str(args.flan_t5.resolve()))
         else:
@@ -502,7 +506,7 @@ def parse() -> argparse.Namespace:
     add("--checkpoint", required=True, type=Path, metavar="FOLDER", help="made, or completed")
     add("--vae", type=Path, metavar="PATH", help="AudioLDM's .ckpt, Tango's pytorch_model_vae.bin, or a vae/ folder")
     add("--vocoder", nargs=2, action="append", default=[], metavar=("HZ", "PATH"),
-        help="the same files, a vocoder/ folder, or HiFi-GAN's g_*; may be repeated")
+        help="the same files, a vocoder/ folder, or one of HiFi-GAN's g_* that takes these mels; may be repeated")
     add("--discriminators", nargs=2, action="append", default=[], metavar=("HZ", "PATH"),
         help="HiFi-GAN's do_*, to go on training that vocoder; may be repeated")
     add("--unet", type=Path, metavar="PATH", help="a unet/ folder, or Tango's pytorch_model_main.bin")
@@ -524,6 +528,8 @@ def parse() -> argparse.Namespace:
             args.discriminators = [(int(rate), Path(path)) for rate, path in args.discriminators]
         except ValueError:
             parser.error("--vocoder and --discriminators take a sampling rate in Hz, then a path")
+        if args.add_tokens and not args.unet:
+            parser.error("--add-tokens is for the U-Net that --unet names")
     return args
 
 

@@ -46,7 +46,7 @@ def measure_speed(data: Path) -> None:
         weights.save(VAE(**config.vae).state_dict(), Path(folder, "run", "vae.pt"))
         sys.argv = ["train.py", "ldm", "--data", str(data), "--checkpoint", f"{folder}/run"]
         run = train.prepare(train.parse(), pick_device())
-        settings = train.SETTINGS["small"]["ldm"]
+        settings = run.settings["ldm"]
         job = train.TrainLDM(run, settings)
         vae = SRCgAudio.load_vae(run.folder).to(run.device)
         plan = train.Plan(len(job.data.items), settings, run)
@@ -56,7 +56,7 @@ def measure_speed(data: Path) -> None:
             mel, rate, captions = batch
             with autocast(run.device, run.precision):
                 mean, logvar = vae.encode(mel.to(run.device))
-                text, text_mask = job.text_encoder.encode(list(captions))
+                text, text_mask = job.text_encoder.to(run.device).encode(list(captions))
             z_0 = vae.scale_factor * sample_posterior(mean, logvar, torch.randn_like(mean))
             return z_0, torch.randn_like(z_0), torch.randint(0, 1000, (len(mel),)), rate, text, text_mask
 

@@ -203,7 +203,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    model = SRCgAudio.load(args.checkpoint).to(device)
+    model = SRCgAudio.load(args.checkpoint, args.rates).to(device)
 
     rows = {}
     for path in (args.train, args.val):
@@ -233,7 +233,7 @@ def main() -> None:
     real, real_val = (torch.cat(list(data.mels.values())) for data in (train, val))
     labels_of = {"class": lambda data: data.labels.repeat(len(RATES)), "rate": lambda data: torch.arange(
         len(RATES), device=device).repeat_interleave(len(data.labels))}
-    # What the LDM makes lacks what the VAE drops, and should not be judged by it: this judge learns from both.
+    # What the LDM makes lacks what the VAE drops, and should not be judged by it: the rate's judge learns from both.
     blurred = torch.cat([through_vae(part) for part in tqdm(real.split(8), "VAE", leave=False)])
     with torch.enable_grad():
         train_judge(judges["class"], real, labels_of["class"](train), args.epochs, roughen)

@@ -207,7 +207,8 @@ def test_sampling_mistakes(checkpoint, command, tmp_path, arguments, parts):
     ("b.csv", "id,caption\n../evil,rain\n", "no file name"),
     ("g.csv", f"id,caption\n{'x' * 250},rain\n", "200 bytes"), ("c.txt", "\xff\xfe\x00", "UTF-8"),
     ("d.csv", "id,caption\n1,rain, and a dog\n", "line 2"), ("e.csv", "id,caption\n1\n", "no caption"),
-    ("f.csv", 'id,caption\n1,"rain\n2,wind\n', "quote"),
+    ("f.csv", 'id,caption\n1,"rain\n2,wind\n', "quote"), ("h.csv", "id,caption\n1, \n", "no caption"),
+    ("i.csv", "id,caption\n1,rain\n1,wind\n", "2 times"),
 ])
 def test_bad_prompt_files(checkpoint, command, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content.encode("latin-1"))
@@ -310,11 +311,14 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     (["vae", "--device", "cuda:99"], ["cuda:99"]),
     (["vae", "--start-from", "not_there"], ["not_there"]),
     (["ldm", "--flan-t5", "not_there"], ["not_there"]),
-    (["vae", "--tokenizer-captions", "not_there.csv"], ["not_there.csv", "no such caption file"]),
-    (["ldm", "--flan-t5", "x", "--train-text-encoder"], ["--train-text-encoder"]),
+    (["vae", "ldm", "--tokenizer-captions", "not_there.csv"], ["not_there.csv", "no such caption file"]),
+    (["vae", "--train-text-encoder"], ["--train-text-encoder", "job ldm"]),
+    (["ldm", "--decoder-only"], ["--decoder-only", "job vae"]),
+    (["vocoder", "--no-rate-token"], ["--no-rate-token", "job ldm"]),
     (["ldm", "--no-rate-token"], ["--rates"]),
     (["vae", "--decoder-only"], ["--decoder-only", "--start-from"]),
-    (["vae", "--accumulate", "3"], ["batch of 8", "3 equal parts"]),
+    (["vae", "--accumulate", "3"], ["vae: a batch of 8", "3 equal parts"]),
+    (["vae", "ldm", "--batch", "7", "--accumulate", "2"], ["a batch of 7", "2 equal parts"]),
     (["vae", "--save-minutes", "-1"], ["--save-minutes"]),
     (["vae", "--blacklist", "not_there.json"], ["not_there.json"]),
 ])
@@ -328,8 +332,11 @@ def test_training_replaces_no_weights_unasked(checkpoint, command, tmp_path):
     status, _, err = command("train.py", "vae", "--data", few_clips(tmp_path), "--checkpoint", checkpoint)
     one_line(status, err, "vae.pt exists", "--overwrite")
     status, _, err = command("train.py", "vae", "--data", few_clips(tmp_path), "--checkpoint", checkpoint, "--preset",
-                             "small", "--overwrite")
+                             "small", "--overwrite", "--decoder-only", "--start-from", checkpoint)
     one_line(status, err, "'tiny'", "'small'")
+    status, _, err = command("train.py", "vae", "--data", few_clips(tmp_path), "--checkpoint", checkpoint,
+                             "--overwrite")
+    one_line(status, err, "unet.pt knows the latents", "vae ldm")
 
 
 def test_a_mistake_loses_and_leaves_nothing(checkpoint, command, tmp_path):

@@ -239,6 +239,8 @@ def test_either_both_or_none_of_the_tokens(tokens):
     (dict(tokens=()), 559.05),                                                     # Stable Diffusion's, no tokens
     (dict(tokens=(), cross_attention=(False, True, True, True), cross_attention_middle=False), 656.02),
     (dict(tokens=(), cross_attention=(False, True, True, True)), 722.58),          # the paper's words, taken literally
+    (dict(cross_attention=(False, True, True, True), cross_attention_middle=False), 658.12),
+    (dict(cross_attention=(False, True, True, True)), 724.68),                     # and with the two tokens
     (dict(tokens=(), widths=(320, 640, 1280, 1280), heads=(5, 10, 20, 20)), 865.93),        # Tango
 ])
 def test_parameters_of_the_unet(arguments, millions):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,6 @@ def test_processes_and_parts_share_each_batch(monkeypatch):
         assert len(parts) == 2 * (plan.steps - 3) and all(len(part) == 2 for part in parts)
         taken += [key for part in parts[:2] for key in part]
     assert sorted(taken) == sorted(plan.batch(3))
-    with pytest.raises(ValueError, match="a batch of 10 can't be shared by 3 processes in 2"):
-        Plan(50, Settings(2, 10, 1e-3), Run)
 
 
 def test_a_vocoder_begins_without_its_discriminators(start, command, tmp_path, monkeypatch):
@@ -320,6 +319,21 @@ def test_the_cache_is_what_the_networks_compute(start, command, tmp_path, monkey
         assert (kept - psi).abs().max() < 2e-3 * psi.abs().max()
 
 
+def test_a_recording_is_one_item_however_many_captions_it_has_except_to_the_ldm(start, command, tmp_path, monkeypatch):
+    counts = {}
+    monkeypatch.setattr("train.fit", lambda name, make_job, settings, run: counts.update(
+        {name: len(make_job(run, settings).data.items)}))
+    arguments = start("ldm", tmp_path / "run")
+    clips = tmp_path / "clips.csv"
+    clips.write_text(clips.read_text() + "\n".join(
+        line.split(",")[0] + ",another caption" for line in clips.read_text().splitlines()[1:]))
+    for jobs in (["vae", "vocoder"], ["ldm"]):
+        status, _, err = command("train.py", *jobs, *arguments[2:], "--val-data", clips, "--overwrite")
+        assert status == 0, err
+        (tmp_path / "run" / "vae.pt").write_bytes((arguments[5] / "vae.pt").read_bytes())
+    assert counts == {"vae": 5, "vocoder_16000": 5, "ldm": 10}
+
+
 def test_another_vae_or_recording_is_another_entry(start, command, tmp_path, monkeypatch):
     encode, encoded = train.TrainLDM.encode_mel, []
     monkeypatch.setattr("train.TrainLDM.encode_mel", lambda *arguments: encoded.append(1) or encode(*arguments))
@@ -368,6 +382,15 @@ def test_gaudio_is_not_told_its_rate(start, command, tmp_path):
     arguments = [a for a in arguments if a != "--no-rate-token"]
     status, _, err = command(*arguments, "--rates", 16_000, 24_000, "--overwrite")
     one_line(status, err, "not told the rate", "--rates")
+
+
+def test_clips_must_be_as_long_as_the_unet_can_take(start, command, tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "odd")
+    config = replace(SRCgAudio.load_config(checkpoint), seconds=2.5)
+    SRCgAudio.save_config(config, tmp_path / "odd")
+    arguments = [tmp_path / "odd" if a == checkpoint else a for a in start("ldm", tmp_path / "run")]
+    status, _, err = command(*arguments)
+    assert status == 2 and "seconds must be a multiple of 0.32" in err
 
 
 def test_a_start_without_a_unet_gives_the_rest(start, command, tmp_path, checkpoint):
