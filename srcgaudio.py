@@ -11,7 +11,6 @@ The hop is rate / 100, so a mel has 100 frames a second at *every* rate: 10.24 s
 one VAE and one U-Net can serve all of them.  What differs is what the 64 bands mean: they span 0 to rate / 2.
 """
 import functools
-import json
 import math
 import sys
 import warnings
@@ -499,10 +498,8 @@ class SRCgAudio:
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such checkpoint folder; train.py makes one")
         try:
-            config = Config(**json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise ValueError(f"{path}: missing; a checkpoint folder has one, train.py makes it") from None
-        except (ValueError, TypeError, RecursionError) as error:
+            config = Config(**weights.read_json(path))
+        except TypeError as error:
             names = ", ".join(field.name for field in fields(Config))
             raise ValueError(f"{path}: not a model's configuration with {names} ({error})") from None
         if config.preset not in PRESETS:
