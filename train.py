@@ -441,6 +441,7 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
             if stop:
                 say(f"{name} stopped after step {step}; the same command goes on from there")
                 raise KeyboardInterrupt
+    barrier()                                            # the next job reads what rank 0 has written
 
 
 def open_log(path: Path, size: int):
@@ -837,10 +838,10 @@ class TrainLDM:
         if run.activation_checkpointing:                 # after the EMA's copy, which needs none
             checkpoint_activations(unet)
         self.distributed = distribute(self.network)
-        step = 4 * unet.multiple                         # frames
-        if round(config.seconds * FRAMES_PER_SECOND) % step:
-            raise ValueError(f"{folder / 'config.json'}: seconds must be a multiple of {step / FRAMES_PER_SECOND} for "
-                             f"this U-Net, got {config.seconds}")
+        frames = 4 * unet.multiple                       # a latent has a quarter of a mel's
+        if round(config.seconds * FRAMES_PER_SECOND) % frames:
+            raise ValueError(f"{folder / 'config.json'}: seconds must be a multiple of {frames / FRAMES_PER_SECOND} "
+                             f"for this U-Net, got {config.seconds}")
 
         # The frozen parts run once.  What they made is found again by what they made it from.
         vae_digest, text_digest = network_digest(vae), network_digest(self.text_encoder)
@@ -1153,11 +1154,9 @@ def main() -> None:
         run = prepare(args, device)
     if "vae" in args.jobs:
         fit("vae", TrainVAE, run.settings["vae"], run)
-        barrier()                                        # the LDM reads what rank 0 has written
     if "vocoder" in args.jobs:
         for rate in run.rates:
             fit(f"vocoder_{rate}", partial(TrainVocoder, rate), run.settings["vocoder"], run)
-            barrier()                                    # and the next vocoder
     if "ldm" in args.jobs:
         fit("ldm", TrainLDM, run.settings["ldm"], run)
     say(f"the checkpoint is {run.folder}")

@@ -144,7 +144,7 @@ class Generator(nn.Module):
         if path.is_dir() or "upsample_rates" in config:                           # may be another file's
             weights.check_config(config, {
                 "resblock": "1", "resblock_kernel_sizes": list(cls.RES_KERNELS), "normalize_before": False,
-                "resblock_dilation_sizes": [[1, 3, 5]] * 3, "leaky_relu_slope": 0.1,
+                "resblock_dilation_sizes": [list(ResBlock.DILATIONS)] * 3, "leaky_relu_slope": 0.1,
                 "upsample_rates": list(strides or config.get("upsample_rates", ()))}, config_path)
             strides = config.get("upsample_rates", ())
         strides = strides or (STRIDES[16_000] if kernels == KERNELS else [kernel // 2 for kernel in kernels])

@@ -291,6 +291,7 @@ def build(module_class, arguments: dict, weights: Weights, source: str | Path, n
           sizes_source: Path | None = None) -> nn.Module:
     """A module made with `arguments`, which `sizes_source` holds if `source` does not, and filled by `load`."""
     try:
+        # Each layer or block has tensors in the file; more of them would be built without end.
         if any(arguments.get(name, 0) > len(weights) for name in ("layers", "blocks")):
             raise ValueError(f"layers or blocks are more than the {len(weights)} tensors in {source}")
         with torch.device("meta"):                       # shapes alone: the file's tensors take their places
@@ -383,9 +384,9 @@ def import_checkpoint(args: argparse.Namespace) -> None:
         parts[f"discriminators_{rate}.pt"] = discriminators_from_pretrained(path)
     if args.flan_t5:
         encoder = TextEncoder.from_pretrained(args.flan_t5)
-        if not args.unet and (folder / "unet.pt").exists():
-            check_widths(encoder, SRCgAudio.load_unet(folder), args.flan_t5)
         if not args.unet:
+            if (folder / "unet.pt").exists():
+                check_widths(encoder, SRCgAudio.load_unet(folder), args.flan_t5)
             config = replace(config, unet=config.unet | {"context_width": encoder.embedding.weight.shape[1]})
         if args.flan_t5.is_dir():                        # a FLAN-T5 stays in its own folder
             config = replace(config, text_encoder=str(args.flan_t5.resolve()))

@@ -374,6 +374,8 @@ def test_a_full_memory_is_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         exit_cleanly(lambda: torch.empty(2 ** 50))
     one_line(end.value.code, capsys.readouterr().err, "memory is full", "--batch")
+    with pytest.raises(NotImplementedError):             # a RuntimeError too, but ours to mend
+        exit_cleanly(lambda: torch.empty(1, device="meta").cpu())
 
 
 def test_ctrl_c_ends_in_130_without_a_traceback(tmp_path):

@@ -328,9 +328,8 @@ def test_a_recording_is_one_item_however_many_captions_it_has_except_to_the_ldm(
     clips.write_text(clips.read_text() + "\n".join(
         line.split(",")[0] + ",another caption" for line in clips.read_text().splitlines()[1:]))
     for jobs in (["vae", "vocoder"], ["ldm"]):
-        status, _, err = command("train.py", *jobs, *arguments[2:], "--val-data", clips, "--overwrite")
+        status, _, err = command("train.py", *jobs, *arguments[2:], "--val-data", clips)
         assert status == 0, err
-        (tmp_path / "run" / "vae.pt").write_bytes((arguments[5] / "vae.pt").read_bytes())
     assert counts == {"vae": 5, "vocoder_16000": 5, "ldm": 10}
 
 
@@ -382,6 +381,15 @@ def test_gaudio_is_not_told_its_rate(start, command, tmp_path):
     arguments = [a for a in arguments if a != "--no-rate-token"]
     status, _, err = command(*arguments, "--rates", 16_000, 24_000, "--overwrite")
     one_line(status, err, "not told the rate", "--rates")
+
+
+def test_a_flan_t5_is_not_trained(start, command, tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "base")
+    SRCgAudio.save_config(replace(SRCgAudio.load_config(checkpoint), text_encoder="flan-t5-large"), tmp_path / "base")
+    arguments = start("ldm", tmp_path / "run", "--train-text-encoder")
+    status, _, err = command(*[tmp_path / "base" if a == checkpoint else a for a in arguments])
+    one_line(status, err, "--train-text-encoder", "FLAN-T5")
+    assert not (tmp_path / "run").exists()
 
 
 def test_clips_must_be_as_long_as_the_unet_can_take(start, command, tmp_path, checkpoint):
