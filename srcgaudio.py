@@ -317,14 +317,14 @@ class NoiseSchedule:
 
         z_0, eps: (B, 8, T/4, 16) clean latent and standard normal noise.  t: (B,) indices, 0 to T - 1.
         """
-        alpha_bar = self.alpha_bar.to(z_0.device)[t].to(z_0.dtype).view(-1, 1, 1, 1)     # (B, 1, 1, 1)
+        alpha_bar = self.alpha_bar.to(z_0)[t].view(-1, 1, 1, 1)                          # (B, 1, 1, 1)
         # Eq. (1) applied t times: q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
         return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps
 
     def eps_from_v(self, v: Tensor, z_t: Tensor, t: Tensor | int) -> Tensor:
         """The noise in z_t (B, 8, T/4, 16) from v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0, which some
         networks predict (Salimans, Ho 2022).  t: (B,) indices, or one for all."""
-        alpha_bar = self.alpha_bar.to(z_t.device)[t].to(z_t.dtype).view(-1, 1, 1, 1)
+        alpha_bar = self.alpha_bar.to(z_t)[t].view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * z_t
 
     def ddim_steps(self, steps: int) -> list[int]:

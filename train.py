@@ -568,9 +568,16 @@ class TrainVAE:
             some = range(0, len(self.data.items), math.ceil(len(self.data.items) / 256))
             whiten_patches(self.network, torch.stack([self.data[0, i][0] for i in some]))
         self.network.to(run.device, memory_format=torch.channels_last).train()
+        self.leftover, self.flicker_weight = 0.0, 0.5
         if run.decoder_only:                             # the latents stay, and an LDM in them
             self.network.encoder.requires_grad_(False)
             self.network.quant_conv.requires_grad_(False)
+            # DDIM ends at alpha_bar_0, not at 1: it leaves noise in z_0, at LATENT_STD a tenth of the latent's spread.
+            # A decoder that has not met it turns it into flicker; one that has smooths away all that is as fine, so
+            # flicker counts more here.
+            alpha_bar_0 = NoiseSchedule().alpha_bar[0].item()
+            self.leftover = (1 - alpha_bar_0) ** 0.5 / self.network.scale_factor.item()
+            self.flicker_weight = 5.0
         self.ema = Ema(self.network)
         self.optimizer = make_optimizer(self.network, settings)
         self.optimizers = [self.optimizer]
@@ -584,7 +591,7 @@ class TrainVAE:
     def losses(self, part: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         mel, eps = (x.to(self.run.device) for x in part)               # (B, T, 64), (B, 8, T/4, 16)
         with autocast(self.run.device, self.run.precision):
-            decoded, mean, logvar = self.distributed(mel, eps)
+            decoded, mean, logvar = self.distributed(mel, eps, self.leftover)
         loss, l1 = vae_loss(mel, decoded, mean, logvar, KL_WEIGHT)
         # How bands flicker, which tells the rates apart, is a small part of the L1; all of it is in the differences.
         error = decoded - mel
@@ -592,16 +599,17 @@ class TrainVAE:
         # An L1 rewards the median of all that may be, so what cannot be foretold is averaged away and rain comes out
         # smooth.  AudioLDM's VAE has a discriminator against it; here, asking for the recording's flicker is enough.
         flicker = (texture(decoded) - texture(mel)).abs().mean()
-        return {"loss": loss + detail + 0.5 * flicker, "l1": l1, "detail": detail, "flicker": flicker}
+        return {"loss": loss + detail + self.flicker_weight * flicker, "l1": l1, "detail": detail, "flicker": flicker}
 
     def validate(self) -> dict[str, float]:
-        """Log-mel L1 of encoding and decoding."""
+        """Log-mel L1 of encoding and decoding, the latter with the noise it is trained to meet."""
         losses, latents = {rate: [] for rate in self.run.rates}, []
         for clip, rate in tqdm(self.val_items, "validating", leave=False):
             mel = mel_spectrogram(clip.read(rate, 0, self.run.config.seconds)[None], rate).to(self.run.device)
             with autocast(self.run.device, self.run.precision):
-                mean, logvar = self.ema.network.encode(mel)
-                decoded = self.ema.network.decode(mean)
+                mean, _ = self.ema.network.encode(mel)
+                noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)
+                decoded = self.ema.network.decode(mean + self.leftover * noise)
             latents.append(mean)
             losses[rate].append(mel_loss(mel, decoded).item())
         z = torch.cat(latents)                                                               # (clips, 8, T/4, 16)
@@ -982,7 +990,8 @@ def parse() -> argparse.Namespace:
         help="start from the weights of this checkpoint; a vocoder may start from one of another rate")
     add("--flan-t5", type=Path, metavar="FOLDER", help="a FLAN-T5 for the LDM, instead of a small text encoder")
     add("--decoder-only", action="store_true",
-        help="train the VAE's decoder alone: the latents stay as they are, and so does an LDM that was trained in them")
+        help="train the VAE's decoder alone, on latents with the noise that DDIM leaves: the latents stay as they are, "
+             "and so does an LDM that was trained in them")
     add("--train-text-encoder", action="store_true", help="train the small text encoder along with the U-Net")
     add("--tokenizer-captions", type=Path, metavar="FILE",
         help="the small text encoder's tokenizer learns from this caption file's captions too")
@@ -1019,7 +1028,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for job, names in (("vae", ["decoder_only"]), ("vocoder", ["spectral_share"]),
                        ("ldm", ["no_rate_token", "flan_t5", "train_text_encoder", "tokenizer_captions"])):
         for name in names:
-            if job not in args.jobs and getattr(args, name) not in (None, False):
+            value = getattr(args, name)
+            if job not in args.jobs and value is not None and value is not False:        # a share of 0 counts
                 raise ValueError(f"--{name.replace('_', '-')} is for the job {job}, which is not asked for")
     if args.no_rate_token and len(set(args.rates)) > 1:
         raise ValueError("--no-rate-token is for one rate; name it with --rates")

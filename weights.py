@@ -394,6 +394,7 @@ def import_checkpoint(args: argparse.Namespace) -> None:
             config = replace(config, text_encoder=TextEncoder.published(args.flan_t5)[0])
             parts["text_encoder.pt"] = encoder
     if args.unet:
+        torch.manual_seed(0)                             # the weights of --add-tokens are the same each time
         sizes, *rest = UNet.published(args.unet, ("time", "rate") if args.add_tokens else ())
         config = replace(config, unet=sizes)
         parts["unet.pt"] = build(UNet, sizes, *rest)

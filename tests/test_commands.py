@@ -307,6 +307,7 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     (["vae", "--epochs", "0"], ["--epochs"]),
     (["vae", "--lr", "nan"], ["--lr"]),
     (["vocoder", "--spectral-share", "2"], ["--spectral-share", "0 to 1"]),
+    (["vae", "--spectral-share", "0"], ["--spectral-share", "job vocoder"]),
     (["ldm"], ["vae.pt", "job vae"]),
     (["vae", "--device", "cuda:99"], ["cuda:99"]),
     (["vae", "--start-from", "not_there"], ["not_there"]),

@@ -20,7 +20,7 @@ from test_commands import few_clips, one_line
 
 import train
 import weights
-from srcgaudio import SRCgAudio
+from srcgaudio import NoiseSchedule, SRCgAudio
 from train import Muon, Plan, Settings, orthogonal, texture, whiten, whiten_patches
 from vae import VAE
 from vocoder import Conv1d
@@ -463,6 +463,17 @@ def test_a_decoder_trained_alone_leaves_the_latents(start, command, tmp_path, ch
     before, after = (weights.read(folder / "vae.pt") for folder in (checkpoint, tmp_path / "run"))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_a_decoder_trained_alone_hears_the_noise_that_ddim_leaves(start, command, tmp_path, monkeypatch):
+    heard, forward, schedule = [], VAE.forward, NoiseSchedule()
+    monkeypatch.setattr(VAE, "forward", lambda *inputs: heard.append(inputs) or forward(*inputs))
+    status, _, err = command(*start("vae", tmp_path / "run", "--decoder-only"))
+    assert status == 0, err
+    vae, _, _, leftover = heard[0]
+    # All the data one point, 0: the noise in z_t is known, and what DDIM ends with is what it leaves.
+    left = schedule.ddim(lambda z_t, t: z_t / (1 - schedule.alpha_bar[t]) ** 0.5, torch.ones(1), 50)
+    assert leftover * vae.scale_factor.item() == pytest.approx(left.item(), rel=0.01)
 
 
 def test_a_run_says_what_it_trains_on(command, tmp_path):
