@@ -602,7 +602,7 @@ class TrainVAE:
         return {"loss": loss + detail + self.flicker_weight * flicker, "l1": l1, "detail": detail, "flicker": flicker}
 
     def validate(self) -> dict[str, float]:
-        """Log-mel L1 of encoding and decoding, the latter with the noise it is trained to meet."""
+        """Log-mel L1 of encoding and decoding, the latent with the noise that the decoder is trained to meet."""
         losses, latents = {rate: [] for rate in self.run.rates}, []
         for clip, rate in tqdm(self.val_items, "validating", leave=False):
             mel = mel_spectrogram(clip.read(rate, 0, self.run.config.seconds)[None], rate).to(self.run.device)

@@ -223,10 +223,10 @@ class VAE(nn.Module):
         z = z.contiguous(memory_format=torch.channels_last)
         return self.decoder(self.post_quant_conv(z)).float().squeeze(1)
 
-    def forward(self, mel: Tensor, eps: Tensor, leftover: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, mel: Tensor, eps: Tensor, leftover: float) -> tuple[Tensor, Tensor, Tensor]:
         """What training takes: mel (B, T, 64) and standard normal noise (B, 8, T/4, 16) -> decoded, mean, logvar.
 
-        leftover: how much of the noise is in the latent beside the posterior's own.
+        leftover: standard deviation of the noise that is in the latent beside the posterior's own; 0 is none.
         """
         mean, logvar = self.encode(mel)
         return self.decode(sample_posterior(mean, logvar, eps) + leftover * eps), mean, logvar
