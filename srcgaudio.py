@@ -466,7 +466,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
-def build(cls: type[nn.Module], arguments: dict, path: Path, source: Path) -> nn.Module:
+def load_part(cls: type[nn.Module], arguments: dict, path: Path, source: Path) -> nn.Module:
     """A module of the size that `source`, a config.json, names, with the weights of the file `path`."""
     return weights.build(cls, arguments, weights.read(path), path, sizes_source=source)
 
@@ -520,24 +520,24 @@ class SRCgAudio:
     @staticmethod
     def load_vae(folder: str | Path) -> VAE:
         config = SRCgAudio.load_config(folder)
-        return build(VAE, config.vae, Path(folder) / "vae.pt", Path(folder) / "config.json")
+        return load_part(VAE, config.vae, Path(folder) / "vae.pt", Path(folder) / "config.json")
 
     @staticmethod
     def load_unet(folder: str | Path) -> UNet:
         config = SRCgAudio.load_config(folder)
-        return build(UNet, config.unet, Path(folder) / "unet.pt", Path(folder) / "config.json")
+        return load_part(UNet, config.unet, Path(folder) / "unet.pt", Path(folder) / "config.json")
 
     @staticmethod
     def load_vocoder(folder: str | Path, rate: int) -> Generator:
         arguments = SRCgAudio.load_config(folder).vocoder | {"strides": STRIDES[rate]}
-        return build(Generator, arguments, Path(folder) / f"vocoder_{rate}.pt", Path(folder) / "config.json")
+        return load_part(Generator, arguments, Path(folder) / f"vocoder_{rate}.pt", Path(folder) / "config.json")
 
     @staticmethod
     def load_text_encoder(folder: str | Path) -> TextEncoder:
         arguments = SRCgAudio.load_config(folder).text_encoder
         if isinstance(arguments, str):
             return TextEncoder.from_pretrained(arguments)
-        encoder = build(TextEncoder, arguments, Path(folder) / "text_encoder.pt", Path(folder) / "config.json")
+        encoder = load_part(TextEncoder, arguments, Path(folder) / "text_encoder.pt", Path(folder) / "config.json")
         encoder.tokenizer = read_tokenizer(Path(folder) / "tokenizer.model", len(encoder.embedding.weight))
         return encoder
 
@@ -634,7 +634,7 @@ def exit_cleanly(main) -> None:
         print("\ninterrupted; what was finished before is kept", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        line = str(error).strip().splitlines()[-1]       # an error in a worker process comes with its traceback
+        line = (str(error).strip() or type(error).__name__).splitlines()[-1]     # a worker's comes with its traceback
         print(f"error: {line.removeprefix('ValueError: ')}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:         # torch has a class of its own for a GPU's memory alone

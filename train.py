@@ -47,7 +47,7 @@ from tqdm import tqdm
 import weights
 from data import Cache, Clip, digest, file_digest, find_clips, read_array, read_rows
 from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule, SRCgAudio, TextEncoder, autocast,
-                       build, check_rate, check_widths, diffusion_loss, exit_cleanly, mel_spectrogram, pick_device,
+                       check_rate, check_widths, diffusion_loss, exit_cleanly, load_part, mel_spectrogram, pick_device,
                        pick_precision)
 from unet import ResBlock, Transformer, UNet
 from vae import VAE, sample_posterior, vae_loss
@@ -154,7 +154,7 @@ class Run:
         if path is None or not path.is_file():
             return cls(**arguments)
         say(f"starting from {path}")
-        return build(cls, arguments, path, self.folder / "config.json")
+        return load_part(cls, arguments, path, self.folder / "config.json")
 
     def data_loader(self, data: Dataset, **arguments) -> DataLoader:
         return DataLoader(data, num_workers=self.workers, worker_init_fn=ignore_signals, **arguments)
@@ -852,9 +852,11 @@ class TrainLDM:
                              f"for this U-Net, got {config.seconds}")
 
         # The frozen parts run once.  What they made is found again by what they made it from.
-        vae_digest, text_digest = network_digest(vae), network_digest(self.text_encoder)
-        self.identity = {"the VAE": vae_digest.hex(), "the text encoder": "" if run.train_text_encoder
-                         else text_digest.hex()}
+        scale_factor = vae.scale_factor.item()
+        vae_digest = network_digest(nn.ModuleList([vae.encoder, vae.quant_conv]))        # the decoder has no part in latents
+        text_digest = network_digest(self.text_encoder)
+        self.identity = {"the VAE": f"{vae_digest.hex()}, {scale_factor}",
+                         "the text encoder": "" if run.train_text_encoder else text_digest.hex()}
         captions = sorted({clip.caption for clip in run.train + run.val} | {""})
         if run.train_text_encoder:
             texts = {caption: self.text_encoder.tokenize([caption])[0][0] for caption in captions}
@@ -871,7 +873,6 @@ class TrainLDM:
         places = self.cached(train + val, keys,
                              lambda items: run.data_loader(WholeClips(items, config.seconds), batch_size=None),
                              partial(self.encode_mel, vae), "latents")
-        scale_factor = vae.scale_factor.item()
         self.data = Latents(run, train, places[:len(train)], texts, scale_factor)
         self.val_data = Latents(run, val, places[len(train):], texts, scale_factor, even_times(val, run.rates))
 

@@ -379,6 +379,14 @@ def test_a_full_memory_is_one_line(capsys):
         exit_cleanly(lambda: torch.empty(1, device="meta").cpu())
 
 
+def test_a_mistake_without_a_text_is_named_by_its_kind(capsys):
+    def fail():
+        raise OSError
+    with pytest.raises(SystemExit) as end:
+        exit_cleanly(fail)
+    one_line(end.value.code, capsys.readouterr().err, "OSError")
+
+
 def test_ctrl_c_ends_in_130_without_a_traceback(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "train.py", "vae", "--data", few_clips(tmp_path), "--preset", "tiny", "--checkpoint",

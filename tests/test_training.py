@@ -465,6 +465,16 @@ def test_a_decoder_trained_alone_leaves_the_latents(start, command, tmp_path, ch
     assert changed == {"decoder", "post_quant_conv"}
 
 
+def test_an_ldm_goes_on_after_the_decoder_was_trained_on(start, command, tmp_path, monkeypatch):
+    with monkeypatch.context() as stopping:
+        stopping.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
+        assert command(*start("ldm", tmp_path / "run"))[0] == 130
+    assert command(*start("vae", tmp_path / "run", "--decoder-only", "--overwrite"))[0] == 0
+    monkeypatch.setattr("train.TrainLDM.encode_mel", fail)               # the latents in the cache serve on
+    status, out, err = command(*start("ldm", tmp_path / "run"))
+    assert status == 0 and "ldm goes on from step 2" in out + err, err
+
+
 def test_a_decoder_trained_alone_meets_the_noise_that_ddim_leaves(start, command, tmp_path, monkeypatch):
     met, forward, schedule = [], VAE.forward, NoiseSchedule()
     monkeypatch.setattr(VAE, "forward", lambda *inputs: met.append(inputs) or forward(*inputs))
