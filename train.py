@@ -853,7 +853,7 @@ class TrainLDM:
 
         # The frozen parts run once.  What they made is found again by what they made it from.
         scale_factor = vae.scale_factor.item()
-        vae_digest = network_digest(nn.ModuleList([vae.encoder, vae.quant_conv]))        # the decoder has no part in latents
+        vae_digest = network_digest(nn.ModuleList([vae.encoder, vae.quant_conv]))        # the decoder makes no latents
         text_digest = network_digest(self.text_encoder)
         self.identity = {"the VAE": f"{vae_digest.hex()}, {scale_factor}",
                          "the text encoder": "" if run.train_text_encoder else text_digest.hex()}

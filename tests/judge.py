@@ -228,9 +228,12 @@ def main() -> None:
     if args.clips < len(names):
         raise ValueError(f"--clips must be at least the number of classes, {len(names)}, got {args.clips}")
 
-    def through_vae(mels: Tensor) -> Tensor:
+    leftover = (1 - model.schedule.alpha_bar[0].item()) ** 0.5 / model.vae.scale_factor.item()
+
+    def through_vae(mels: Tensor, noise: float = 0.0) -> Tensor:
         with autocast(device, model.precision):
-            return model.vae.decode(model.vae.encode(mels)[0]).float()
+            z = model.vae.encode(mels)[0]
+            return model.vae.decode(z + noise * torch.randn_like(z))
 
     train, val = (Recordings(rows[path], names, args.audio, model.config.seconds, device)
                   for path in (args.train, args.val))
@@ -247,18 +250,19 @@ def main() -> None:
         right = share_right(judge, real_val, labels_of[title](val))
         print(f"the judge of the {title} is right on {right:.0%} of real clips that it has not heard", flush=True)
 
-    print("\n| rate | mel -> VAE -> mel, L1 | movement of the bands, real / through the VAE | mel -> wave -> mel, L1 "
-          "| with the VAE, L1 |\n" + "|---" * 5 + "|")
+    print("\n| rate | mel -> VAE -> mel, L1 | with the noise that DDIM leaves | movement of bands, real / with that "
+          "noise | mel -> wave -> mel, L1 | with the VAE, L1 |\n" + "|---" * 6 + "|")
     for rate in args.rates:
         mels, copied, after_vae = val.mels[rate], [], []
-        passed = torch.cat([through_vae(mel) for mel in mels.split(8)])
+        passed, noisy = (torch.cat([through_vae(mel, noise) for mel in mels.split(8)]) for noise in (0.0, leftover))
         for mel, mel_passed in zip(mels.split(1), passed.split(1)):
             for copy, heard in ((copied, mel), (after_vae, mel_passed)):
                 with autocast(device, model.precision):
                     wave = model.vocoders[rate](heard)
                 copy.append(mel_loss(mel, mel_spectrogram(wave, rate)).item())
-        print(f"| {rate} | {mel_loss(mels, passed):.2f} | {movement(mels):.3f} / {movement(passed):.3f} "
-              f"| {sum(copied) / len(copied):.2f} | {sum(after_vae) / len(after_vae):.2f} |", flush=True)
+        print(f"| {rate} | {mel_loss(mels, passed):.2f} | {mel_loss(mels, noisy):.2f} "
+              f"| {movement(mels):.2f} / {movement(noisy):.2f} | {sum(copied) / len(copied):.2f} "
+              f"| {sum(after_vae) / len(after_vae):.2f} |", flush=True)
 
     captions = {name: sorted({row["caption"] for row in rows[args.train] if row["class"] == name}) for name in names}
     labels = torch.arange(args.clips, device=device) % len(names)
