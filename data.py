@@ -117,9 +117,9 @@ def ends_early(path: Path, log: str) -> bool:
 def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
     """Windowed-sinc resampling, (L,) at `rate` -> (ceil(L * new_rate / rate),) at `new_rate`.
 
-    The low-pass is flat to 0.9 of the lower Nyquist frequency and more than 80 dB down from there on that it would
-    alias.  Output n lies at input time n * rate / new_rate; with the ratio reduced to down / up, outputs n and n + up
-    take the same filter, so each of the `up` phases is a convolution with stride `down`.
+    The low-pass is flat to 0.9 of the lower Nyquist frequency, and more than 80 dB down from that frequency on.
+    Output n lies at input time n * rate / new_rate; with the ratio reduced to down / up, outputs n and n + up take the
+    same filter, so each of the `up` phases is a convolution with stride `down`.
     """
     if rate == new_rate:
         return wave

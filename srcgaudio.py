@@ -123,7 +123,7 @@ class T5Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (linear(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)   # (B, heads, N, d / heads)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)   # (B, heads, N, head_width)
         return self.o(h.transpose(1, 2).flatten(2))
 
 
@@ -183,7 +183,7 @@ class TextEncoder(nn.Module):
         self.final_norm = nn.RMSNorm(width, eps=1e-6)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """T5's start for untrained weights: normal, with the variance that keeps each layer's output near one."""
+        """A start as T5's for untrained weights: normal, with the variance that keeps each layer's output near one."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:                                               # norms
                 continue
@@ -330,8 +330,9 @@ class NoiseSchedule:
     def ddim_steps(self, steps: int) -> list[int]:
         """The indices t that DDIM visits, from noise to data: evenly spaced, the last of them 1.
 
-        Few of them start well below T, 5 at 801, with a z_T that is more noise than z_801 should be; and what is fine
-        in a latent is made in the last ones: 25 leave the mels of the model in the box smoother than 200.
+        Few of them start well below T, 5 at 801, with a z_T that is more noise than z_801 should be; a single one at 1,
+        so that noise comes out.  And what is fine in a latent is made in the last ones: 25 leave the mels of the model
+        in the box smoother than 200.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"the number of steps must be from 1 to {self.T}, got {steps}")
@@ -572,8 +573,9 @@ class SRCgAudio:
         for rate, vocoder in self.vocoders.items():
             weights.save(vocoder.state_dict(), folder / f"vocoder_{rate}.pt")
 
-    def to(self, device: torch.device, precision: str = "auto") -> "SRCgAudio":
+    def to(self, device: torch.device | str, precision: str = "auto") -> "SRCgAudio":
         """Move all parts to a device; `precision` is auto, bf16 or fp32."""
+        device = torch.device(device)
         for part in (self.text_encoder, self.vae, self.unet, *self.vocoders.values()):
             part.to(device)
         self.device, self.precision = device, pick_precision(device, precision)

@@ -60,7 +60,7 @@ from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Discriminators, Generator
 
 @dataclass(frozen=True)
 class Settings:
-    epochs: int                                          # passes over every clip at each of its rates
+    epochs: int                                          # passes over every clip (LDM: caption) at its rates
     batch: int                                           # items of a step, over all processes
     lr: float                                            # falls linearly to zero
     frames: int = 0                                      # length of the random crops; the LDM takes whole clips
@@ -673,7 +673,8 @@ class TrainVocoder:
         and from its discriminators: all rates have tensors of the same shapes.  Those trained in this folder count too.
         Returns whether there was one."""
         there = {rate: folder for folder in (self.run.folder, self.run.start) for rate in RATES
-                 if self.run.start and (folder / f"vocoder_{rate}.pt").is_file()}
+                 if self.run.start and (folder / f"vocoder_{rate}.pt").is_file()
+                 and (folder == self.run.start or rate != self.rate)}            # not from what --overwrite replaces
         if not there:
             return False
         nearest = min(there, key=lambda rate: abs(rate - self.rate))
@@ -796,7 +797,7 @@ class Latents(Dataset):
         noise = torch.from_numpy(random.standard_normal((2, *mean.shape), np.float32))
         z_0 = self.scale_factor * sample_posterior(mean, logvar, noise[0])
         if self.times is None:
-            t = int(random.integers(self.T))                                      # t ~ Uniform(1, T)
+            t = int(random.integers(self.T))                                      # t ~ Uniform(1, T), counted from 0
             caption = "" if random.random() < NULL_CAPTIONS else clip.caption
         else:
             t, caption = int(self.times[i]), clip.caption
@@ -853,8 +854,7 @@ class TrainLDM:
 
         # The frozen parts run once.  What they made is found again by what they made it from.
         scale_factor = vae.scale_factor.item()
-        vae_digest = network_digest(nn.ModuleList([vae.encoder, vae.quant_conv]))        # the decoder makes no latents
-        text_digest = network_digest(self.text_encoder)
+        vae_digest, text_digest = latent_digest(vae), network_digest(self.text_encoder)
         self.identity = {"the VAE": f"{vae_digest.hex()}, {scale_factor}",
                          "the text encoder": "" if run.train_text_encoder else text_digest.hex()}
         captions = sorted({clip.caption for clip in run.train + run.val} | {""})
@@ -955,6 +955,11 @@ def network_digest(network: nn.Module) -> bytes:
     if isinstance(network, TextEncoder):
         total.update(network.tokenizer.serialized_model_proto())
     return total.digest()
+
+
+def latent_digest(vae: VAE) -> bytes:
+    """Changes when the latents do; the decoder makes none."""
+    return network_digest(nn.ModuleList([vae.encoder, vae.quant_conv]))
 
 
 def even_times(items: list[tuple[Clip, int]], rates: list[int]) -> Tensor:
@@ -1066,10 +1071,12 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     for job, name in outputs.items():
         if (folder / name).exists() and not (folder / f"{job}_state.pt").exists() and not args.overwrite:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
-    new_latents = "vae" in args.jobs and not args.decoder_only and (args.overwrite or not (folder / "vae.pt").exists())
+    new_latents = "vae" in args.jobs and (args.overwrite or not (folder / "vae.pt").exists())
     if new_latents and "ldm" not in args.jobs and (folder / "unet.pt").exists():
-        raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE it was trained with alone; name another "
-                         f"--checkpoint, train both anew (vae ldm), or keep the latents with --decoder-only")
+        if not args.decoder_only or len({latent_digest(SRCgAudio.load_vae(f)) for f in (folder, args.start_from)}) > 1:
+            raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE it was trained with alone; name "
+                             f"another --checkpoint, train both anew (vae ldm), or keep the latents with "
+                             f"--decoder-only --start-from {folder}")
 
     source = folder if (folder / "config.json").exists() else args.start_from
     config = SRCgAudio.load_config(source) if source else PRESETS[args.preset or "small"]
@@ -1095,6 +1102,15 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     if "ldm" in args.jobs:
         if isinstance(config.text_encoder, str) and args.train_text_encoder:
             raise ValueError("--train-text-encoder trains the small text encoder; a FLAN-T5 stays as it is")
+        encoders = [place for place in (args.start_from, folder) if place and (place / "text_encoder.pt").is_file()]
+        if config.preset == "paper" and isinstance(config.text_encoder, dict) and not encoders:
+            raise ValueError("the preset paper takes FLAN-T5-large, untrained it tells nothing; name its folder with "
+                             "--flan-t5")
+        new_encoder = isinstance(config.text_encoder, dict) and (
+            not encoders or (folder / "ldm_state.pt").exists() and not args.overwrite)
+        if args.tokenizer_captions and not new_encoder:
+            raise ValueError(f"--tokenizer-captions is for a new text encoder, but "
+                             f"{config.text_encoder if isinstance(config.text_encoder, str) else encoders[0]} has one")
         if len(set(args.rates)) > 1 and "rate" not in config.unet.get("tokens", ["rate"]):
             raise ValueError(f"the U-Net of {source} is not told the rate, so it can learn one alone; name it with "
                              f"--rates, or start from one that has the token (weights.py import --add-tokens)")

@@ -398,6 +398,9 @@ def import_checkpoint(args: argparse.Namespace) -> None:
         sizes, *rest = UNet.published(args.unet, ("time", "rate") if args.add_tokens else ())
         config = replace(config, unet=sizes)
         parts["unet.pt"] = build(UNet, sizes, *rest)
+        if args.flan_t5 or isinstance(config.text_encoder, str) or (folder / "text_encoder.pt").exists():
+            encoder = encoder if args.flan_t5 else SRCgAudio.load_text_encoder(folder)
+            check_widths(encoder, parts["unet.pt"], args.unet)
 
     if not parts and not args.flan_t5:
         raise ValueError("there is nothing to import; name a --vae, --vocoder, --discriminators, --flan-t5 or --unet")

@@ -225,8 +225,8 @@ def main() -> None:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--pictures takes matplotlib, which is not installed: pip install matplotlib")
         args.pictures.mkdir(parents=True, exist_ok=True)
-    if args.clips < len(names):
-        raise ValueError(f"--clips must be at least the number of classes, {len(names)}, got {args.clips}")
+    if args.clips < 2 * len(names):                      # for the distance between two clips of a prompt
+        raise ValueError(f"--clips must be at least twice the number of classes, {2 * len(names)}, got {args.clips}")
 
     leftover = (1 - model.schedule.alpha_bar[0].item()) ** 0.5 / model.vae.scale_factor.item()
 

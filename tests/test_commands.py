@@ -314,6 +314,7 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     (["ldm", "--flan-t5", "not_there"], ["not_there"]),
     (["vae", "ldm", "--tokenizer-captions", "not_there.csv"], ["not_there.csv", "no such caption file"]),
     (["vae", "--train-text-encoder"], ["--train-text-encoder", "job ldm"]),
+    (["vae", "ldm", "--preset", "paper"], ["FLAN-T5-large", "--flan-t5"]),
     (["ldm", "--decoder-only"], ["--decoder-only", "job vae"]),
     (["vocoder", "--no-rate-token"], ["--no-rate-token", "job ldm"]),
     (["ldm", "--no-rate-token"], ["--rates"]),
@@ -324,7 +325,7 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     (["vae", "--blacklist", "not_there.json"], ["not_there.json"]),
 ])
 def test_training_mistakes(command, tmp_path, arguments, parts):
-    status, _, err = command("train.py", *arguments, "--data", few_clips(tmp_path), "--preset", "tiny", "--checkpoint",
+    status, _, err = command("train.py", "--preset", "tiny", *arguments, "--data", few_clips(tmp_path), "--checkpoint",
                              tmp_path / "run")
     one_line(status, err, *parts)
 

@@ -162,6 +162,9 @@ def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, comman
     assert status == 0, err
     tokenizer = SRCgAudio.load_text_encoder(tmp_path / "run").tokenizer
     assert tokenizer.unk_id() not in tokenizer.encode("zithers jingle")
+    more = ["--tokenizer-captions", tmp_path / "more.csv", "--overwrite"]
+    status, _, err = command(*start("ldm", tmp_path / "run", "--start-from", folder, *more))
+    one_line(status, err, "--tokenizer-captions", str(tmp_path / "run"))
 
 
 # Stopped and started again
@@ -463,6 +466,22 @@ def test_a_decoder_trained_alone_leaves_the_latents(start, command, tmp_path, ch
     before, after = (weights.read(folder / "vae.pt") for folder in (checkpoint, tmp_path / "run"))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_a_decoder_of_other_latents_replaces_none(start, command, tmp_path, checkpoint):
+    folder = shutil.copytree(checkpoint, tmp_path / "other")
+    vae = dict(weights.read(folder / "vae.pt"))
+    weights.save(vae | {"quant_conv.bias": vae["quant_conv.bias"] + 1}, folder / "vae.pt")
+    status, _, err = command(*start("vae", folder, "--decoder-only", "--overwrite"))
+    one_line(status, err, "unet.pt knows the latents", f"--start-from {folder}")
+
+
+def test_a_vocoder_starts_from_no_weights_that_it_replaces(start, command, tmp_path, checkpoint):
+    folder = shutil.copytree(checkpoint, tmp_path / "good")
+    (folder / "vocoder_16000.pt").unlink()
+    for again in (), ("--overwrite",):
+        status, out, err = command(*start("vocoder", tmp_path / "run", "--start-from", folder, *again))
+        assert status == 0 and f"starts from {folder / 'vocoder_24000.pt'}" in out + err, err
 
 
 def test_an_ldm_goes_on_after_the_decoder_was_trained_on(start, command, tmp_path, monkeypatch):

@@ -340,7 +340,7 @@ def test_a_network_that_predicts_v_trains_and_generates_like_one_that_predicts_e
         model.unet = Knows(z_0, predicts)
         loss = diffusion_loss(model.unet, model.schedule, z_0.expand(3, -1, -1, -1), None, text, mask, t, eps)
         assert loss.max() < 1e-6
-        waves.append(model.to(torch.device("cpu"), "fp32").generate(["rain"], 16_000, 0.32, steps=10))
+        waves.append(model.to("cpu", "fp32").generate(["rain"], 16_000, 0.32, steps=10))
     assert error(waves[1], waves[0]) < 1e-3
 
 
@@ -389,6 +389,12 @@ def test_import_makes_tango_run(tango, tmp_path, run):
     assert status == 2 and "vae.pt exists" in err and "--overwrite" in err and len(err.splitlines()) == 1
     status, out, err = run(*arguments, "--overwrite", "--add-tokens")
     assert status == 0, err
+
+    wide = weights.rename(UNet((64, 64, 128, 128), (1, 1, 2, 2), context_width=96, blocks=1, tokens=()).state_dict(),
+                          UNET_NAMES, backwards=True)
+    torch.save({f"unet.{name}": tensor for name, tensor in wide.items()}, tmp_path / "wide.bin")
+    status, out, err = run("import", "--checkpoint", tmp_path / "ours", "--unet", tmp_path / "wide.bin", "--overwrite")
+    assert status == 2 and "64" in err and "96" in err and len(err.splitlines()) == 1, err
 
 
 def test_tango_begins_a_joint_training(tango):
