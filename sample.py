@@ -2,8 +2,9 @@
 
     python sample.py "a dog barks" --rate 48000
 
-Fig. 1 ("generation") and Section III-B: DDIM with 200 steps, guidance scale 3.  Prompts come from the command line or
-from a file: one a line, or a CSV with the columns id and caption, whose ids name the files (as a test set has them).
+Fig. 1 ("generation") and Section III-B: DDIM with 200 steps, guidance scale 3 unless the checkpoint names
+another.  Prompts come from the command line or from a file: one a line, or a CSV with the columns id and caption,
+whose ids name the files (as a test set has them).
 """
 import argparse
 import csv
@@ -31,7 +32,7 @@ def parse() -> argparse.Namespace:
         help="one or several of 16000 (default), 24000, 32000, 48000")
     add("--seconds", type=float, help="default: the length the model was trained on")
     add("--steps", type=int, default=200, help="of DDIM, 1 to 1000 (default: 200, the paper's)")
-    add("--guidance", type=float, default=3.0, help="w of Eq. (4) (default: 3, the paper's)")
+    add("--guidance", type=float, help="w of Eq. (4) (default: the checkpoint's; the paper's is 3)")
     add("--seed", type=int, default=0, help="prompt i starts from the noise of seed + i")
     add("--batch", type=int, default=8, help="prompts at a time (default: 8)")
     add("--out", type=Path, default=Path("."), metavar="FOLDER", help="where the WAV files go")

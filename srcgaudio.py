@@ -405,6 +405,7 @@ class Config:
     vocoder: dict                                        # the strides follow from the rate
     text_encoder: dict | str                             # or the folder of a FLAN-T5
     seconds: float                                       # length of the clips that the LDM is trained on
+    guidance: float = 3.0                                # w of Eq. (4), the paper's, where no other is asked for
 
 
 PRESETS = {
@@ -425,6 +426,7 @@ PRESETS = {
         vocoder=dict(channels=128),
         text_encoder=dict(vocabulary=1024, width=128, layers=4, heads=4, head_width=32, ff_width=256),
         seconds=4.8,
+        guidance=1.5,                                    # at 3 it follows Sr less
     ),
     "paper": Config(                                     # Section III-B; text_encoder: FLAN-T5-large's sizes
         preset="paper",
@@ -507,6 +509,8 @@ class SRCgAudio:
             raise ValueError(f"{path}: the preset must be one of {', '.join(PRESETS)}, got {config.preset!r:.50}")
         if not isinstance(config.seconds, (int, float)) or not 0.1 <= config.seconds <= 60:
             raise ValueError(f"{path}: seconds must be from 0.1 to 60, got {config.seconds!r:.50}")
+        if not isinstance(config.guidance, (int, float)) or not 0 <= config.guidance <= 100:
+            raise ValueError(f"{path}: guidance must be from 0 to 100, got {config.guidance!r:.50}")
         if not all(isinstance(sizes, dict) for sizes in (config.vae, config.unet, config.vocoder)):
             raise ValueError(f"{path}: vae, unet and vocoder must each be an object with sizes")
         if not isinstance(config.text_encoder, (dict, str)):
@@ -583,15 +587,16 @@ class SRCgAudio:
 
     @torch.inference_mode()
     def generate(self, prompts: list[str], rate: int, seconds: float | None = None, steps: int = 200,
-                 guidance: float = 3.0, seed: int = 0, progress: bool = False) -> Tensor:
+                 guidance: float | None = None, seed: int = 0, progress: bool = False) -> Tensor:
         """Texts -> waves (B, round(seconds * rate)) in [-1, 1].
 
         rate: one of the four, in Hz.  seconds: 0.1 to 60; default: the length the model was trained on.
-        steps: of DDIM, 1 to 1000.  guidance: w of Eq. (4), 0 to 100; 1 is none.  seed: item i starts from noise of
-        seed + i, the same in any batch, on any device and at every rate.
+        steps: of DDIM, 1 to 1000.  guidance: w of Eq. (4), 0 to 100; 1 is none; default: the checkpoint's.  seed: item
+        i starts from noise of seed + i, the same in any batch, on any device and at every rate.
         Raises ValueError for anything out of range.
         """
         seconds = self.config.seconds if seconds is None else seconds
+        guidance = self.config.guidance if guidance is None else guidance
         check_rate(rate)
         if not prompts or isinstance(prompts, str):
             raise ValueError(f"there is no prompt; prompts must be a list of texts, got {prompts!r:.50}")

@@ -67,6 +67,7 @@ class Settings:
     discriminators: tuple[int, int] = (0, 0)             # widths of the period and the scale discriminators
     spectral_share: float = 0.0                          # the first epochs do without the discriminators
     muon: bool = False                                   # instead of AdamW, for the VAE and the LDM
+    balanced: bool = False                               # every t counts alike in the LDM's loss (`blind_loss`)
     validate_every: int = 1                              # epochs
 
 
@@ -80,7 +81,7 @@ SETTINGS = {
         "vae": Settings(epochs=9, batch=8, lr=2e-3, frames=48, muon=True, validate_every=8),
         "vocoder": Settings(epochs=40, batch=2, lr=1e-3, frames=32, discriminators=(2, 8), spectral_share=1.0,
                             validate_every=10),
-        "ldm": Settings(epochs=18, batch=16, lr=1e-3, muon=True, validate_every=6),
+        "ldm": Settings(epochs=18, batch=16, lr=1e-3, muon=True, balanced=True, validate_every=6),
     },
     # 40 epochs: III-B.  The LDM's learning rate: Tango's published training command, as linear decay is.  Vocoder:
     # HiFi-GAN V1's batch and rate; its 8192 samples at 22 kHz are 0.37 s.  The rest is our choice.
@@ -815,17 +816,29 @@ class Latents(Dataset):
                 pad_sequence(texts, batch_first=True), mask)
 
 
+def blind_loss(alpha_bar: Tensor) -> Tensor:
+    """What Eq. (3) is for one who knows nothing of z_0 but its standard deviation and guesses eps from z_t.
+
+    1 at the first t, 0.001 at t = 900: nearly all of Eq. (3) is about fine detail.  What is decided in the noise, which
+    outline a class has at which rate, a small network learns late.  Divided by this, Eq. (3) counts at all t alike, and
+    is the loss of Karras et al. 2022 (EDM).
+    """
+    signal = alpha_bar * LATENT_STD ** 2
+    return signal / (signal + 1 - alpha_bar)
+
+
 class Denoiser(nn.Module):
     """What the LDM's job trains: the U-Net and, if it is trained along, the text encoder."""
 
-    def __init__(self, unet: UNet, text_encoder: TextEncoder | None):
+    def __init__(self, unet: UNet, text_encoder: TextEncoder | None, balanced: bool):
         super().__init__()
-        self.unet, self.text_encoder, self.schedule = unet, text_encoder, NoiseSchedule()
+        self.unet, self.text_encoder, self.schedule, self.balanced = unet, text_encoder, NoiseSchedule(), balanced
 
     def forward(self, z_0: Tensor, eps: Tensor, t: Tensor, rate: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Eq. (3) for each item of a batch, (B,), from what `Latents.collate` gives."""
         psi = text if self.text_encoder is None else self.text_encoder(text, text_mask)      # (B, N, d)
-        return diffusion_loss(self.unet, self.schedule, z_0, rate, psi, text_mask, t, eps)
+        loss = diffusion_loss(self.unet, self.schedule, z_0, rate, psi, text_mask, t, eps)
+        return loss / blind_loss(self.schedule.alpha_bar.to(z_0)[t]) if self.balanced else loss
 
 
 class TrainLDM:
@@ -838,7 +851,7 @@ class TrainLDM:
         self.text_encoder = self.make_text_encoder().to(run.device).requires_grad_(run.train_text_encoder)
         unet = run.network(UNet, config.unet, "unet.pt")
         check_widths(self.text_encoder, unet, folder / "config.json")
-        self.network = Denoiser(unet, self.text_encoder if run.train_text_encoder else None)
+        self.network = Denoiser(unet, self.text_encoder if run.train_text_encoder else None, settings.balanced)
         self.network.to(run.device, memory_format=torch.channels_last).train()
         self.ema = Ema(self.network)
         self.optimizer = make_optimizer(self.network, settings)

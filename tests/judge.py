@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path(__file__).parent.parent / "small")
     parser.add_argument("--clips", type=int, default=200, help="at each rate and of each kind of prompt")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, help="default: the checkpoint's")
     parser.add_argument("--epochs", type=int, default=30, help="of the judges")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rates", type=int, nargs="+", default=list(RATES))

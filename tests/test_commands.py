@@ -232,7 +232,7 @@ class Evil:
 
 
 CHANGES = {"config of another preset": {"preset": "huge"}, "config without sizes": {"vae": None},
-           "config without an end": {"seconds": math.inf},
+           "config without an end": {"seconds": math.inf}, "config with a wild guidance": {"guidance": "strong"},
            "config with endless layers": {"text_encoder": {"layers": 10 ** 12}}}
 
 
@@ -242,6 +242,7 @@ CHANGES = {"config of another preset": {"preset": "huge"}, "config without sizes
     ("config of another preset", ["config.json", "'huge'", "tiny"]), ("config without sizes", ["config.json", "sizes"]),
     ("config without an end", ["config.json", "seconds"]), ("widths apart", ["config.json", "width is 64", "32"]),
     ("config with endless layers", ["config.json", "layers"]),
+    ("config with a wild guidance", ["config.json", "guidance"]),
     ("missing file", ["unet.pt", "no such"]), ("truncated file", ["unet.pt", "damaged"]),
     ("empty file", ["unet.pt", "damaged"]), ("hostile file", ["unet.pt", "damaged"]),
     ("another shape", ["unet.pt", "shape"]), ("missing tensor", ["unet.pt", "missing"]),

@@ -1,5 +1,6 @@
 """The paper's equations and shapes, held against golden data and cases with a known answer."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -335,6 +336,13 @@ def test_guidance_of_1_is_the_plain_model(model):
     plain, guided = (model.generate(["a dog"], 16_000, 0.5, steps=3, guidance=w) for w in (1.0, 1.0001))
     assert error(plain, guided) < 1e-2
     assert error(plain, model.generate(["a dog"], 16_000, 0.5, steps=3, guidance=8.0)) > 1e-3
+
+
+@pytest.mark.parametrize("own", [3.0, 1.5])
+def test_guidance_is_the_checkpoints_unless_asked_for(model, monkeypatch, own):
+    monkeypatch.setattr(model, "config", replace(model.config, guidance=own))
+    default, named = (model.generate(["a dog"], 16_000, 0.5, steps=3, **more) for more in ({}, {"guidance": own}))
+    assert torch.equal(default, named)
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CAPTIONS, HERE
 from test_commands import few_clips, one_line
+from test_paper import gaussian_noise
 
 import train
 import weights
@@ -151,6 +152,28 @@ def test_texture_is_the_size_of_a_mels_differences():
     assert texture(mel).shape == (1, 3, 3, 30)
     assert torch.allclose(change[:, 0], 3 + 5 * (torch.tensor([0., 8, 16]) + 8) + 7 * 1.5, rtol=1e-3)
     assert torch.allclose(twice, torch.tensor(5.), rtol=1e-3) and torch.allclose(across, torch.tensor(7.), rtol=1e-3)
+
+
+class BlindGuess(torch.nn.Module):
+    """The best noise for one who knows of z_0 that it is N(0, LATENT_STD^2), and no more."""
+
+    predicts = "eps"
+
+    def condition(self, *_):
+        return None, None
+
+    def forward(self, z_t, t, *_):
+        guess = gaussian_noise(NoiseSchedule(), 0.0, train.LATENT_STD)
+        return torch.stack([guess(z, index) for z, index in zip(z_t, t.tolist())])
+
+
+def test_a_balanced_loss_is_one_at_every_t_for_a_blind_guess():
+    torch.manual_seed(0)
+    times = torch.tensor([0, 30, 300, 900, 999])
+    z_0, eps = train.LATENT_STD * torch.randn(5, 8, 256, 16), torch.randn(5, 8, 256, 16)
+    inputs = z_0, eps, times, torch.full((5,), 16_000), torch.zeros(5, 1, 4), torch.ones(5, 1)
+    plain, balanced = (train.Denoiser(BlindGuess(), None, balanced)(*inputs) for balanced in (False, True))
+    assert torch.allclose(balanced, torch.ones(5), rtol=0.03) and plain[0] > 0.9 and plain[-1] < 1e-3
 
 
 def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, command, tmp_path, checkpoint):
