@@ -820,8 +820,8 @@ def blind_loss(alpha_bar: Tensor) -> Tensor:
     """What Eq. (3) is for one who knows nothing of z_0 but its standard deviation and guesses eps from z_t.
 
     1 at the first t, 0.001 at t = 900: nearly all of Eq. (3) is about fine detail.  What is decided in the noise, which
-    outline a class has at which rate, a small network learns late.  Divided by this, Eq. (3) counts at all t alike, and
-    is the loss of Karras et al. 2022 (EDM).
+    outline a class has at which rate, a small network learns late.  Divided by this, Eq. (3) counts at all t alike:
+    the weights of Karras et al. 2022 (EDM), with t uniform.
     """
     signal = alpha_bar * LATENT_STD ** 2
     return signal / (signal + 1 - alpha_bar)
@@ -835,7 +835,7 @@ class Denoiser(nn.Module):
         self.unet, self.text_encoder, self.schedule, self.balanced = unet, text_encoder, NoiseSchedule(), balanced
 
     def forward(self, z_0: Tensor, eps: Tensor, t: Tensor, rate: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Eq. (3) for each item of a batch, (B,), from what `Latents.collate` gives."""
+        """Eq. (3) for each item of a batch, (B,), from what `Latents.collate` gives; balanced: over `blind_loss`."""
         psi = text if self.text_encoder is None else self.text_encoder(text, text_mask)      # (B, N, d)
         loss = diffusion_loss(self.unet, self.schedule, z_0, rate, psi, text_mask, t, eps)
         return loss / blind_loss(self.schedule.alpha_bar.to(z_0)[t]) if self.balanced else loss
