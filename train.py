@@ -81,7 +81,7 @@ SETTINGS = {
         "vae": Settings(epochs=9, batch=8, lr=2e-3, frames=48, muon=True, validate_every=8),
         "vocoder": Settings(epochs=40, batch=2, lr=1e-3, frames=32, discriminators=(2, 8), spectral_share=1.0,
                             validate_every=10),
-        "ldm": Settings(epochs=18, batch=16, lr=1e-3, muon=True, balanced=True, validate_every=6),
+        "ldm": Settings(epochs=18, batch=16, lr=1e-3, muon=True, balanced=True),
     },
     # 40 epochs: III-B.  The LDM's learning rate: Tango's published training command, as linear decay is.  Vocoder:
     # HiFi-GAN V1's batch and rate; its 8192 samples at 22 kHz are 0.37 s.  The rest is our choice.
@@ -1075,61 +1075,78 @@ def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[
     return train, val, left_out
 
 
-def prepare(args: argparse.Namespace, device: torch.device) -> Run:
-    """Check what can be checked before the first step; only then is anything but the cache written or deleted."""
-    check_arguments(args)
-    folder = args.checkpoint
-    outputs = {f"vocoder_{rate}": f"vocoder_{rate}.pt" for rate in args.rates} if "vocoder" in args.jobs else {}
-    outputs |= {job: name for job, name in (("vae", "vae.pt"), ("ldm", "unet.pt")) if job in args.jobs}
+def find_outputs(args: argparse.Namespace) -> dict[str, str]:
+    """The file of weights that each job will write.  Raises ValueError where that would be a loss."""
+    folder, outputs = args.checkpoint, {}
+    if "vae" in args.jobs:
+        outputs["vae"] = "vae.pt"
+    if "vocoder" in args.jobs:
+        outputs |= {f"vocoder_{rate}": f"vocoder_{rate}.pt" for rate in args.rates}
+    if "ldm" in args.jobs:
+        outputs["ldm"] = "unet.pt"
     for job, name in outputs.items():
         if (folder / name).exists() and not (folder / f"{job}_state.pt").exists() and not args.overwrite:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
-    new_latents = "vae" in args.jobs and (args.overwrite or not (folder / "vae.pt").exists())
-    if new_latents and "ldm" not in args.jobs and (folder / "unet.pt").exists():
+    new_vae = "vae" in outputs and (args.overwrite or not (folder / "vae.pt").exists())
+    if new_vae and "ldm" not in outputs and (folder / "unet.pt").exists():
         if not args.decoder_only or len({latent_digest(SRCgAudio.load_vae(f)) for f in (folder, args.start_from)}) > 1:
             raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE it was trained with alone; name "
                              f"another --checkpoint, train both anew (vae ldm), or keep the latents with "
                              f"--decoder-only --start-from {folder}")
+    return outputs
 
-    source = folder if (folder / "config.json").exists() else args.start_from
+
+def find_copies(args: argparse.Namespace, outputs: dict[str, str]) -> list[Path]:
+    """What the folder to start from has, this checkpoint lacks, and this run does not make."""
+    SRCgAudio.load_config(args.start_from)
+    not_copied = set(outputs.values())
+    if "vae" in args.jobs and not args.decoder_only:
+        not_copied.add("unet.pt")                        # of no use in another VAE's latents
+    if args.no_rate_token:                               # a gAudio makes sound at its own rate alone
+        not_copied |= {f"vocoder_{rate}.pt" for rate in RATES if rate not in args.rates}
+    return [path for path in sorted(args.start_from.iterdir())
+            if path.suffix in (".json", ".model", ".pt") and not path.name.endswith("_state.pt")
+            and path.name not in not_copied and not (args.checkpoint / path.name).exists()]
+
+
+def pick_config(args: argparse.Namespace) -> Config:
+    """The sizes: those of the checkpoint, or of the one to start from, or the preset's."""
+    source = args.checkpoint if (args.checkpoint / "config.json").exists() else args.start_from
     config = SRCgAudio.load_config(source) if source else PRESETS[args.preset or "small"]
     if args.preset not in (None, config.preset):
         raise ValueError(f"{source} holds the preset {config.preset!r}, not {args.preset!r}; name another folder")
-    copies = []                                          # what the folder to start from has and this run does not make
-    if args.start_from:
-        SRCgAudio.load_config(args.start_from)
-        not_copied = set(outputs.values())
-        if "vae" in args.jobs and not args.decoder_only:
-            not_copied.add("unet.pt")                    # of no use in another VAE's latents
-        if args.no_rate_token:                           # a gAudio makes sound at its own rate alone
-            not_copied |= {f"vocoder_{rate}.pt" for rate in RATES if rate not in args.rates}
-        copies = [path for path in sorted(args.start_from.iterdir())
-                  if path.suffix in (".json", ".model", ".pt") and not path.name.endswith("_state.pt")
-                  and path.name not in not_copied and not (folder / path.name).exists()]
     if args.flan_t5:
         encoder = TextEncoder.from_pretrained(args.flan_t5)            # fails here rather than after the VAE
         config = replace(config, text_encoder=str(args.flan_t5.resolve()),
                          unet=config.unet | {"context_width": encoder.embedding.weight.shape[1]})
     if args.no_rate_token:
         config = replace(config, unet=config.unet | {"tokens": ["time"]})
-    if "ldm" in args.jobs:
-        if isinstance(config.text_encoder, str) and args.train_text_encoder:
-            raise ValueError("--train-text-encoder trains the small text encoder; a FLAN-T5 stays as it is")
-        encoders = [place for place in (args.start_from, folder) if place and (place / "text_encoder.pt").is_file()]
-        if config.preset == "paper" and isinstance(config.text_encoder, dict) and not encoders:
-            raise ValueError("the preset paper takes FLAN-T5-large, untrained it tells nothing; name its folder with "
-                             "--flan-t5")
-        new_encoder = isinstance(config.text_encoder, dict) and (
-            not encoders or (folder / "ldm_state.pt").exists() and not args.overwrite)
-        if args.tokenizer_captions and not new_encoder:
-            raise ValueError(f"--tokenizer-captions is for a new text encoder, but "
-                             f"{config.text_encoder if isinstance(config.text_encoder, str) else encoders[0]} has one")
-        if len(set(args.rates)) > 1 and "rate" not in config.unet.get("tokens", ["rate"]):
-            raise ValueError(f"the U-Net of {source} is not told the rate, so it can learn one alone; name it with "
-                             f"--rates, or start from one that has the token (weights.py import --add-tokens)")
-        if "vae" not in args.jobs and not (folder / "vae.pt").is_file() and "vae.pt" not in {p.name for p in copies}:
-            raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
+    if "ldm" in args.jobs and len(set(args.rates)) > 1 and "rate" not in config.unet.get("tokens", ["rate"]):
+        raise ValueError(f"the U-Net of {source} is not told the rate, so it can learn one alone; name it with "
+                         f"--rates, or start from one that has the token (weights.py import --add-tokens)")
+    return config
 
+
+def check_ldm(args: argparse.Namespace, config: Config, copies: list[Path]) -> None:
+    """Raises ValueError if there is no VAE for the LDM, or another text encoder than was asked for."""
+    folder = args.checkpoint
+    places = (path / "text_encoder.pt" for path in (args.start_from, folder) if path)
+    flan_t5 = config.text_encoder if isinstance(config.text_encoder, str) else None
+    encoder = flan_t5 or next((path for path in places if path.is_file()), None)
+    if flan_t5 and args.train_text_encoder:
+        raise ValueError("--train-text-encoder trains the small text encoder; a FLAN-T5 stays as it is")
+    if config.preset == "paper" and not encoder:
+        raise ValueError("the preset paper takes FLAN-T5-large, untrained it tells nothing; name its folder with "
+                         "--flan-t5")
+    goes_on = (folder / "ldm_state.pt").exists() and not args.overwrite          # with an encoder of its own
+    if args.tokenizer_captions and encoder and not goes_on:
+        raise ValueError(f"--tokenizer-captions is for a new text encoder, but there is {encoder}")
+    if "vae" not in args.jobs and not any(path.name == "vae.pt" for path in [*copies, *folder.glob("vae.pt")]):
+        raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
+
+
+def pick_settings(args: argparse.Namespace, config: Config) -> dict[str, Settings]:
+    """The preset's settings of each job, changed as the arguments say."""
     names = ("epochs", "batch", "lr", "spectral_share")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings = {job: replace(SETTINGS[config.preset][job], **changes) for job in args.jobs}
@@ -1137,7 +1154,18 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         if settings[job].batch % (processes() * args.accumulate):
             raise ValueError(f"{job}: a batch of {settings[job].batch} can't be shared by {processes()} processes in "
                              f"{args.accumulate} equal parts each; choose another --batch or --accumulate")
+    return settings
 
+
+def prepare(args: argparse.Namespace, device: torch.device) -> Run:
+    """Check what can be checked before the first step; only then is anything but the cache written or deleted."""
+    check_arguments(args)
+    folder, outputs = args.checkpoint, find_outputs(args)
+    config = pick_config(args)
+    copies = find_copies(args, outputs) if args.start_from else []
+    if "ldm" in args.jobs:
+        check_ldm(args, config, copies)
+    settings = pick_settings(args, config)
     cache = Cache(args.cache or folder.parent / "cache")
     train, val, left_out = find_data(args, cache)
     tokenizer_captions = []

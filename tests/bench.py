@@ -3,6 +3,7 @@
     pip install diffusers transformers librosa       # no dependency of the project; without them ours runs alone
     python tests/bench.py unet vae text vocoder mel generate train --precision fp32
     python tests/bench.py unet generate --compile    # ours with torch.compile, the peers without
+    python tests/bench.py memory                     # what generation takes beside its weights; ours alone
 
 Both sides have the same weights, inputs, precision and threads, in one process, in turn; the peers have the layout that
 is fastest for them.  Prints the median time of each, ours over theirs, the arithmetic (as torch counts it), the share
@@ -11,6 +12,7 @@ how far the results are apart, relative to the largest value.
 """
 import argparse
 import importlib.util
+import resource
 import statistics
 import sys
 import time
@@ -26,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 import vae as vae_module
 import weights
-from srcgaudio import (PRESETS, T5_NAMES, NoiseSchedule, TextEncoder, autocast, guided_noise, mel_spectrogram,
-                       pick_device)
+from srcgaudio import (PRESETS, T5_NAMES, NoiseSchedule, SRCgAudio, TextEncoder, autocast, guided_noise,
+                       mel_spectrogram, pick_device)
 from unet import DIFFUSERS_NAMES, UNet
 from vae import VAE
-from vocoder import TRANSFORMERS_NAMES, Generator
+from vocoder import STRIDES, TRANSFORMERS_NAMES, Generator
 
 SECONDS = 10.24
 
@@ -260,9 +262,29 @@ def bench_generate(bench: Bench, peers: bool) -> None:
     bench.compare(f"generation, {steps} steps", ours, peer if peers else None)
 
 
+def bench_memory(bench: Bench, _peers: bool) -> None:
+    """One prompt, 10.24 s at 48 kHz, at the paper's size; 2 steps of DDIM take as much as 200.  A peak is the whole
+    process's: nothing may run before it."""
+    config = PRESETS["paper"]
+    encoder = TextEncoder(**config.text_encoder)
+    encoder.tokenizer = train.train_tokenizer(["a dog barks", "rain on a roof"], 40)
+    vocoder = Generator(strides=STRIDES[48_000], **config.vocoder)
+    model = SRCgAudio(config, encoder, VAE(**config.vae), UNet(**config.unet), {48_000: vocoder})
+    for part in (model.unet, model.vae):
+        part.to(memory_format=torch.channels_last)
+    model.to(bench.device, "bf16" if bench.precision == torch.bfloat16 else "fp32")
+    networks = nn.ModuleList([encoder, model.vae, model.unet, vocoder])
+    weighs = sum(tensor.numel() * tensor.itemsize for tensor in networks.state_dict().values())
+    model.generate(["a dog barks"], 48_000, steps=2)
+    peak = (torch.cuda.max_memory_allocated() if bench.device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)              # Linux counts in KiB
+    print(f"weights {weighs / 2 ** 30:.2f} GiB, at most {peak / 2 ** 30:.2f} GiB in use")
+
+
 PARTS = {"unet": (bench_unet, "diffusers"), "vae": (bench_vae, "diffusers"), "text": (bench_text, "transformers"),
          "vocoder": (bench_vocoder, "transformers"), "mel": (bench_mel, "librosa"),
-         "generate": (bench_generate, "diffusers transformers"), "train": (bench_train, "diffusers")}
+         "generate": (bench_generate, "diffusers transformers"), "train": (bench_train, "diffusers"),
+         "memory": (bench_memory, "")}
 
 
 def main() -> None:

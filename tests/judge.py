@@ -168,7 +168,7 @@ def draw(pairs: list[tuple[str, Tensor, Tensor]], path: Path) -> None:
     for i, (title, *mels) in enumerate(pairs):
         for kind, mel, row in zip(("real", "generated"), mels, (0, 1)):
             panel = axes[2 * (i // columns) + row, i % columns]
-            panel.imshow(mel.T.cpu(), origin="lower", aspect="auto", vmin=-11.5, vmax=2)
+            panel.imshow(mel.T.cpu().numpy(), origin="lower", aspect="auto", vmin=-11.5, vmax=2)
             panel.set_title(f"{title}, {kind}", fontsize=8)
             panel.set_axis_off()
     figure.savefig(path, dpi=90)
@@ -303,9 +303,11 @@ def main() -> None:
         draw(at_all_rates, args.pictures / "rates.png")
 
     print("\n| class | right at " + ", ".join(map(str, args.rates))
-          + " | energy above 8 kHz at 48 kHz, generated / real | above 12 kHz |\n" + "|---" * 4 + "|")
+          + " | energy above 8 kHz at 48 kHz, generated / real / real ones of the training | above 12 kHz |\n"
+          + "|---" * 4 + "|")
     for i, name in enumerate(names):
-        shares = [f"{share_above(waves[labels == i], hz):.4f} / {share_above(val.waves[val.labels == i], hz):.4f}"
+        shares = [" / ".join(f"{share_above(sound[of == i], hz):.4f}" for sound, of in (
+                      (waves, labels), (val.waves, val.labels), (train.waves, train.labels)))
                   for hz in (8_000, 12_000)] if args.rates[-1] == 48_000 else ["", ""]
         print(f"| {name} | {', '.join(f'{share:.0%}' for share in by_class[name])} | {shares[0]} | {shares[1]} |")
 

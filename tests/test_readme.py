@@ -18,7 +18,8 @@ from vae import VAE
 from vocoder import Generator
 
 README = (HERE.parent / "README.md").read_text(encoding="utf-8")
-PLACES = re.findall(r"`(\w+)\.py: ([\w.]+)`", README)
+OF_SMALL = (HERE.parent / "small" / "README.md").read_text(encoding="utf-8")
+PLACES = re.findall(r"`(\w+)\.py: ([\w.]+)`", README + OF_SMALL)
 
 
 def find(module: str, name: str):
