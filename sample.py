@@ -137,7 +137,8 @@ def draw(wave: Tensor, rate: int, title: str, path: Path) -> None:
     mel = mel_spectrogram(wave[None], rate)[0]                                    # (T, 64)
     image = axes.imshow(mel.T.numpy(), origin="lower", aspect="auto", vmin=-11.5, vmax=2,
                         extent=(0, len(wave) / rate, 0, RATES[rate].n_mels))
-    axes.set(title=f"{title} ({rate // 1000} kHz)", xlabel="seconds", ylabel=f"mel band, 0 to {rate // 2000} kHz")
+    axes.set_title(f"{title} ({rate // 1000} kHz)", parse_math=False)             # a prompt may have a $ in it
+    axes.set(xlabel="seconds", ylabel=f"mel band, 0 to {rate // 2000} kHz")
     figure.colorbar(image, label="log magnitude")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -648,5 +648,5 @@ def exit_cleanly(main) -> None:
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
         if not full:
             raise
-        print("error: the memory is full; a smaller --batch takes less", file=sys.stderr)
+        print("error: the memory is full; a smaller --batch takes less, and train.py has --accumulate", file=sys.stderr)
         sys.exit(2)

@@ -714,9 +714,10 @@ class TrainVocoder:
 
     def judging_losses(self, wave: Tensor) -> dict[str, Tensor]:
         wave = wave.to(self.run.device)                                                      # (B, L)
+        mel = mel_spectrogram(wave, self.rate)                                               # (B, L / hop, 64)
         with autocast(self.run.device, self.run.precision):
             with torch.no_grad():
-                generated = self.network(mel_spectrogram(wave, self.rate))                   # (B, L)
+                generated = self.network(mel)                                                # (B, L)
             real, false = self.distributed_d(wave, generated)
             return {"loss": discriminator_loss(real, false)}
 
@@ -935,11 +936,12 @@ class TrainLDM:
             return {"loss": self.distributed(*part).mean()}
 
     def validate(self) -> dict[str, float]:
-        """Eq. (3) with fixed noise, and times spread evenly over the items of each rate."""
+        """The loss with fixed noise, and times spread evenly over the items of each rate."""
         losses = {rate: [] for rate in self.run.rates}
         items = range(len(self.val_data.items))
-        for first in tqdm(items[::self.settings.batch], "validating", leave=False):
-            batch = [self.val_data[0, i] for i in items[first:first + self.settings.batch]]
+        size = self.settings.batch // (processes() * self.run.accumulate)      # as many at once as training takes
+        for first in tqdm(items[::size], "validating", leave=False):
+            batch = [self.val_data[0, i] for i in items[first:first + size]]
             with autocast(self.run.device, self.run.precision):
                 values = self.ema.network(*(x.to(self.run.device) for x in Latents.collate(batch)))
             for (*_, rate, _), value in zip(batch, values.tolist()):
@@ -1024,7 +1026,8 @@ def parse() -> argparse.Namespace:
     add("--save-minutes", type=float, default=10, metavar="M", help="time between states to go on from (default: 10)")
     add("--cache", type=Path, metavar="FOLDER", help="of latents and text embeddings (default: beside the checkpoint)")
     add("--plot", action="store_true", help="draw the losses after each validation (takes matplotlib)")
-    add("--overwrite", action="store_true", help="begin anew, where there are weights or a state to go on from")
+    add("--overwrite", action="store_true",
+        help="begin anew, where there are weights or a state to go on from; a text encoder that is there stays")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
@@ -1096,14 +1099,18 @@ def find_outputs(args: argparse.Namespace) -> dict[str, str]:
     return outputs
 
 
-def find_copies(args: argparse.Namespace, outputs: dict[str, str]) -> list[Path]:
+def find_copies(args: argparse.Namespace, config: Config, outputs: dict[str, str]) -> list[Path]:
     """What the folder to start from has, this checkpoint lacks, and this run does not make."""
-    SRCgAudio.load_config(args.start_from)
+    preset = SRCgAudio.load_config(args.start_from).preset
+    if preset != config.preset:
+        raise ValueError(f"{args.start_from} holds the preset {preset!r}, {args.checkpoint} {config.preset!r}; start "
+                         f"from another folder")
     not_copied = set(outputs.values())
     if "vae" in args.jobs and not args.decoder_only:
         not_copied.add("unet.pt")                        # of no use in another VAE's latents
     if args.no_rate_token:                               # a gAudio makes sound at its own rate alone
         not_copied |= {f"vocoder_{rate}.pt" for rate in RATES if rate not in args.rates}
+    not_copied |= {name.replace("vocoder", "discriminators") for name in not_copied}
     return [path for path in sorted(args.start_from.iterdir())
             if path.suffix in (".json", ".model", ".pt") and not path.name.endswith("_state.pt")
             and path.name not in not_copied and not (args.checkpoint / path.name).exists()]
@@ -1162,7 +1169,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     check_arguments(args)
     folder, outputs = args.checkpoint, find_outputs(args)
     config = pick_config(args)
-    copies = find_copies(args, outputs) if args.start_from else []
+    copies = find_copies(args, config, outputs) if args.start_from else []
     if "ldm" in args.jobs:
         check_ldm(args, config, copies)
     settings = pick_settings(args, config)
@@ -1178,6 +1185,9 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
               args.decoder_only, args.train_text_encoder, tokenizer_captions, args.seed, device,
               pick_precision(device, args.precision), args.workers, cache, args.accumulate,
               args.activation_checkpointing, args.save_minutes, args.plot)
+    if not args.overwrite:
+        for job in outputs:                              # refuses another run's state
+            read_state(folder / f"{job}_state.pt", run.identity(settings[job.split("_")[0]]))
     report(run, left_out)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)

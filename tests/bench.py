@@ -56,8 +56,8 @@ class Bench:
     def __init__(self, device: torch.device, precision: torch.dtype, repeats: int, compile: bool):
         self.device, self.precision, self.repeats, self.compile = device, precision, repeats, compile
         a, b = (torch.randn(4096, 4096, device=device, dtype=precision) for _ in range(2))
-        self.rate = 2 * 4096 ** 3 / self.time({"": lambda: a @ b})[""]
-        print(f"{device}, {precision}, {torch.get_num_threads()} threads, 4096^3: {self.rate / 1e9:.0f} GFLOP/s")
+        self.flops = 2 * 4096 ** 3 / self.time({"": lambda: a @ b})[""]
+        print(f"{device}, {precision}, {torch.get_num_threads()} threads, 4096^3: {self.flops / 1e9:.0f} GFLOP/s")
         print("| | ours, s | peer, s | ours / peer | GFLOP | share of the matrix rate | difference |")
         print("|---" * 7 + "|")
 
@@ -69,7 +69,7 @@ class Bench:
                 began = time.perf_counter()
                 run()
                 if self.device.type == "cuda":
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(self.device)
                 times[name].append(time.perf_counter() - began)
         return {name: statistics.median(values[1:]) for name, values in times.items()}
 
@@ -88,7 +88,7 @@ class Bench:
             flop = counter.get_total_flops()
             times = self.time(sides)
         cells = [title, f"{times['ours']:.3f}", "", "", f"{flop / 1e9:.0f}",
-                 f"{flop / times['ours'] / self.rate:.2f}", ""]
+                 f"{flop / times['ours'] / self.flops:.2f}", ""]
         if peer:
             cells[2:4] = f"{times['peer']:.3f}", f"{times['ours'] / times['peer']:.2f}"
             if isinstance(result, torch.Tensor):
@@ -264,7 +264,7 @@ def bench_generate(bench: Bench, peers: bool) -> None:
 
 def bench_memory(bench: Bench, _peers: bool) -> None:
     """One prompt, 10.24 s at 48 kHz, at the paper's size; 2 steps of DDIM take as much as 200.  A peak is the whole
-    process's: nothing may run before it."""
+    process's, so nothing else may run in it."""
     config = PRESETS["paper"]
     encoder = TextEncoder(**config.text_encoder)
     encoder.tokenizer = train.train_tokenizer(["a dog barks", "rain on a roof"], 40)
@@ -276,7 +276,7 @@ def bench_memory(bench: Bench, _peers: bool) -> None:
     networks = nn.ModuleList([encoder, model.vae, model.unet, vocoder])
     weighs = sum(tensor.numel() * tensor.itemsize for tensor in networks.state_dict().values())
     model.generate(["a dog barks"], 48_000, steps=2)
-    peak = (torch.cuda.max_memory_allocated() if bench.device.type == "cuda"
+    peak = (torch.cuda.max_memory_allocated(bench.device) if bench.device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)              # Linux counts in KiB
     print(f"weights {weighs / 2 ** 30:.2f} GiB, at most {peak / 2 ** 30:.2f} GiB in use")
 
@@ -295,6 +295,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
+    if "memory" in args.parts and len(args.parts) > 1:
+        parser.error("memory is measured alone")
     torch.manual_seed(0)
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
     bench = Bench(pick_device(args.device), precision, args.repeats, args.compile)

@@ -1,6 +1,9 @@
 """What the tests share: the golden data, an untrained tiny model, and a way to run the commands in this process."""
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                  # what is compared bit for bit is promised for a CPU
 
 import numpy as np
 import pytest

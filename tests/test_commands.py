@@ -165,10 +165,10 @@ def test_compiling_takes_a_compiler(checkpoint, command, monkeypatch):
 
 def test_spectrograms_are_drawn(checkpoint, command, tmp_path):
     pytest.importorskip("matplotlib", reason="drawing takes matplotlib, which is optional")
-    status, _, err = command("sample.py", "rain", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint,
+    status, _, err = command("sample.py", "rain $5_{ $", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint,
                              "--spectrogram", "--out", tmp_path)
     assert status == 0 and "warning" not in err
-    assert (tmp_path / "rain_16000.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "rain_5_16000.png").read_bytes().startswith(b"\x89PNG")
 
 
 # Mistakes

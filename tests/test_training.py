@@ -224,6 +224,19 @@ def test_a_run_that_is_done_is_not_done_again(start, command, tmp_path):
     assert status == 0 and (tmp_path / "run" / "vae.pt").read_bytes() != before
 
 
+def test_a_refused_run_changes_nothing(start, command, tmp_path, checkpoint):
+    """Neither the run that was stopped, nor the folder of another preset."""
+    run = tmp_path / "run"
+    assert command(*start("ldm", run, "--epochs", 1))[0] == 0
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    status, _, err = command(*start("ldm", run, "--epochs", 1, "--no-rate-token"))
+    one_line(status, err, "ldm_state.pt", "the sizes")
+    SRCgAudio.save_config(replace(SRCgAudio.load_config(checkpoint), preset="small"), tmp_path / "small")
+    status, _, err = command(*start("ldm", run, "--epochs", 1, "--overwrite", "--start-from", tmp_path / "small"))
+    one_line(status, err, "'small'", "'tiny'")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
 @pytest.mark.parametrize("harm", ["truncated", "another program's"])
 def test_a_damaged_state_is_named(start, command, tmp_path, harm):
     (tmp_path / "run").mkdir()
