@@ -1148,7 +1148,8 @@ def check_ldm(args: argparse.Namespace, config: Config, copies: list[Path]) -> N
     goes_on = (folder / "ldm_state.pt").exists() and not args.overwrite          # with an encoder of its own
     if args.tokenizer_captions and encoder and not goes_on:
         raise ValueError(f"--tokenizer-captions is for a new text encoder, but there is {encoder}")
-    if "vae" not in args.jobs and not any(path.name == "vae.pt" for path in [*copies, *folder.glob("vae.pt")]):
+    copied = {path.name for path in copies}
+    if "vae" not in args.jobs and "vae.pt" not in copied and not (folder / "vae.pt").is_file():
         raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
 
 
