@@ -114,6 +114,16 @@ def test_the_judges_distances_allow_shifts_in_time_and_nothing_else():
     assert judge.between(torch.stack([mels[0], mels[0] + 3])) == pytest.approx(3, rel=1e-5)
 
 
+def test_the_judge_of_the_rate_hears_how_bands_move():
+    torch.manual_seed(0)
+    noise = torch.randn(2, 4000, 1).expand(-1, -1, 64)                           # all bands alike
+    _, _, by_noise, together, _ = judge.flicker(noise).mean(dim=(0, 2))
+    _, _, by_walk, _, _ = judge.flicker(noise.cumsum(dim=1) + 500).mean(dim=(0, 2))
+    assert by_noise == pytest.approx(math.log(3) / 2, abs=0.03)                  # steps of noise: variance 2, then 6
+    assert by_walk == pytest.approx(math.log(2) / 2, abs=0.03)                   # steps of a walk: 1, then 2
+    assert together == pytest.approx(63 / 64, abs=0.02)                          # the last band has no next
+
+
 def test_the_judge_measures_the_highs():
     seconds = torch.arange(48_000) / 48_000
     low, high = (torch.sin(2 * math.pi * hz * seconds) for hz in (5_000, 10_000))
