@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     add("--checkpoint", type=Path, default=Path(__file__).parent / "small", metavar="FOLDER",
         help="default: the small model that comes with the code")
     add("--rate", type=int, nargs="+", default=[16_000], metavar="HZ",
-        help="one or several of 16000 (default), 24000, 32000, 48000")
+        help="after the texts: one or several of 16000 (default), 24000, 32000, 48000")
     add("--seconds", type=float, help="default: the length the model was trained on")
     add("--steps", type=int, default=200, help="of DDIM, 1 to 1000 (default: 200, the paper's)")
     add("--guidance", type=float, help="w of Eq. (4) (default: the checkpoint's; the paper's is 3)")
@@ -93,6 +93,8 @@ def plan(args: argparse.Namespace) -> list[tuple[str, str]]:
         raise ValueError(f"--out {args.out} is a file; name a folder")
     named = {}
     for name, text in prompts:
+        if not text.strip():
+            raise ValueError("a prompt is empty; say what to hear")
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -146,6 +148,7 @@ def draw(wave: Tensor, rate: int, title: str, path: Path) -> None:
 
 def main() -> None:
     args = parse()
+    args.rate = list(dict.fromkeys(args.rate))           # each once
     for rate in args.rate:
         check_rate(rate)
     if args.batch < 1:

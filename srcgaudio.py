@@ -85,8 +85,9 @@ def mel_spectrogram(wave: Tensor, rate: int) -> Tensor:
     """
     check_rate(rate)
     config = RATES[rate]
-    if wave.shape[1] <= config.n_fft // 2:
-        raise ValueError(f"a mel at {rate} Hz takes more than {config.n_fft // 2} samples, got {wave.shape[1]}")
+    if wave.ndim != 2 or wave.shape[1] <= config.n_fft // 2:
+        raise ValueError(f"a mel at {rate} Hz takes waves (B, L) of more than {config.n_fft // 2} samples, "
+                         f"got {tuple(wave.shape)}")
     window, filters = mel_constants(rate, wave.device)
     spectrum = torch.stft(wave.float(), config.n_fft, config.hop, window=window, center=True, pad_mode="reflect",
                           return_complex=True).abs()                              # (B, n_fft / 2 + 1, frames + 1)
@@ -183,7 +184,7 @@ class TextEncoder(nn.Module):
         self.final_norm = nn.RMSNorm(width, eps=1e-6)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """A start as T5's for untrained weights: normal, with the variance that keeps each layer's output near one."""
+        """A start much as T5's: normal weights, of the variance that keeps each layer's output near one."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:                                               # norms
                 continue
@@ -196,10 +197,12 @@ class TextEncoder(nn.Module):
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Texts -> ids (B, N), each ending in </s> and padded with 0, and mask (B, N), True at real tokens.
 
-        Texts of more than 512 tokens are cut there, with a warning.
+        Texts of more than 512 tokens are cut there, with a warning; so is a text with characters that have no token.
         """
         rows = [self.tokenizer.encode(text) + [self.END] for text in texts]
         for i, row in enumerate(rows):
+            if self.tokenizer.unk_id() in row:
+                warnings.warn(f'text "{texts[i][:40]}" has characters that the text encoder does not know')
             if len(row) > self.MAX_TOKENS:
                 warnings.warn(f'text "{texts[i][:40]}..." has {len(row)} tokens; all after {self.MAX_TOKENS} are cut')
                 rows[i] = row[:self.MAX_TOKENS - 1] + [self.END]
@@ -318,7 +321,7 @@ class NoiseSchedule:
         z_0, eps: (B, 8, T/4, 16) clean latent and standard normal noise.  t: (B,) indices, 0 to T - 1.
         """
         alpha_bar = self.alpha_bar.to(z_0)[t].view(-1, 1, 1, 1)                          # (B, 1, 1, 1)
-        # Eq. (1) applied t times: q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
+        # Eq. (1) applied from z_0 on: q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
         return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps
 
     def eps_from_v(self, v: Tensor, z_t: Tensor, t: Tensor | int) -> Tensor:
@@ -328,7 +331,8 @@ class NoiseSchedule:
         return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * z_t
 
     def ddim_steps(self, steps: int) -> list[int]:
-        """The indices t that DDIM visits, from noise to data: evenly spaced, the last of them 1.
+        """The indices t that DDIM visits, from noise to data: evenly spaced, the last of them 1 (of T steps, the first
+        two are T - 1).
 
         Few of them start well below T, 5 at 801, with a z_T that is more noise than z_801 should be; a single one at 1,
         so that noise comes out.  And what is fine in a latent is made in the last ones: 25 leave the mels of the model
@@ -346,6 +350,8 @@ class NoiseSchedule:
         """
         visited = self.ddim_steps(steps)
         z_t = z_T
+        # The last step ends at index 0, the paper's t = 1, as Stable Diffusion's does, and not at alpha_bar = 1: noise
+        # of sqrt(1 - alpha_bar_0) = 0.03 stays in what is returned.
         for t, t_next in zip(tqdm(visited, "DDIM", disable=not progress, leave=False), visited[1:] + [0]):
             alpha_bar, alpha_bar_next = self.alpha_bar[t].item(), self.alpha_bar[t_next].item()
             eps = predict_noise(z_t, t)
@@ -370,7 +376,7 @@ def diffusion_loss(unet: UNet, schedule: NoiseSchedule, z_0: Tensor, rate: Tenso
     return (eps - predicted).square().mean(dim=(1, 2, 3))
 
 
-def guided_noise(unet: UNet, z_t: Tensor, t: int, rate: int, text: Tensor, text_mask: Tensor,
+def guided_noise(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: int, rate: int, text: Tensor, text_mask: Tensor,
                  null: Tensor, null_mask: Tensor, w: float) -> Tensor:
     """Classifier-free guidance, Eq. (4): the noise in z_t (B, 8, T/4, 16), the same shape.
 
@@ -384,6 +390,8 @@ def guided_noise(unet: UNet, z_t: Tensor, t: int, rate: int, text: Tensor, text_
     batch_t = torch.full((len(z_t),), t, device=z_t.device)
     batch_rate = torch.full((len(z_t),), rate, device=z_t.device)
     eps = unet(z_t, batch_t, *unet.condition(batch_t, batch_rate, text, text_mask))
+    if unet.predicts == "v":
+        eps = schedule.eps_from_v(eps, z_t, t)
     if w == 1:
         return eps
     eps_c, eps_null = eps.chunk(2)
@@ -610,19 +618,18 @@ class SRCgAudio:
             raise ValueError(f"the seed must be from 0 to 2^62, got {seed}")
 
         # The latent has a quarter of the mel's frames, padded to the multiple that the U-Net takes.
-        length = math.ceil(seconds * FRAMES_PER_SECOND / 4 / self.unet.multiple) * self.unet.multiple
+        frames = round(seconds * FRAMES_PER_SECOND, 6)   # 2.24 * 100 is a little more than 224
+        length = math.ceil(frames / 4 / self.unet.multiple) * self.unet.multiple
         bands = RATES[rate].n_mels // 4
         z_T = torch.stack([torch.randn((VAE.LATENT, length, bands), generator=torch.Generator().manual_seed(seed + i))
                            for i in range(len(prompts))]).to(self.device)         # (B, 8, T/4, 16)
         # Autocast keeps its bfloat16 copies of weights until it ends: one for each part frees them in between.
         with autocast(self.device, self.precision):
-            text, mask = self.text_encoder.encode(prompts + [""])                 # (B + 1, N, d), (B + 1, N)
+            text, mask = self.text_encoder.encode([*prompts, ""])                 # (B + 1, N, d), (B + 1, N)
         null, null_mask = text[-1:].expand(len(prompts), -1, -1), mask[-1:].expand(len(prompts), -1)
 
         def predict_noise(z_t: Tensor, t: int) -> Tensor:
-            predicted = guided_noise(self.unet, z_t, t, rate, text[:-1], mask[:-1], null, null_mask, guidance)
-            # The weights of Eq. (4) sum to 1, so guidance and the step from v to eps can change places.
-            return self.schedule.eps_from_v(predicted, z_t, t) if self.unet.predicts == "v" else predicted
+            return guided_noise(self.unet, self.schedule, z_t, t, rate, text[:-1], mask[:-1], null, null_mask, guidance)
 
         with autocast(self.device, self.precision):
             z_0 = self.schedule.ddim(predict_noise, z_T, steps, progress)

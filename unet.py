@@ -201,7 +201,8 @@ class UNet(nn.Module):
 
     widths: channels of the encoder blocks; the decoder has them in reverse.  Multiples of 32.
     heads: attention heads at each of these levels.
-    cross_attention: which levels attend to c, from the full latent resolution down.  The default is Stable
+    cross_attention: which levels attend to c, from the full latent resolution down; the others have no transformer,
+        and the middle without one has one residual block instead of two, as in diffusers.  The default is Stable
         Diffusion's placement, which the paper's parameter count bears out; the paper's words, "the last three
         encoder blocks and the first three decoder blocks", are (False, True, True, True): 724.7 M.
     cross_attention_middle: whether the middle block does (658.1 M with the placement above if it does not).
@@ -284,7 +285,7 @@ class UNet(nn.Module):
         return c, c_mask
 
     def forward(self, z_t: Tensor, t: Tensor, c: Tensor, c_mask: Tensor) -> Tensor:
-        """The noise in z_t, (B, 8, T/4, 16) -> the same shape; T/4 is a multiple of 8 (of 2^(levels - 1))."""
+        """The noise in z_t (or v), (B, 8, T/4, 16) -> the same shape; T/4 is a multiple of 8 (of 2^(levels - 1))."""
         if z_t.shape[2] % self.multiple or z_t.shape[3] % self.multiple:
             raise ValueError(f"the U-Net takes latents whose sides are multiples of {self.multiple}, "
                              f"got {z_t.shape[2]} x {z_t.shape[3]}")

@@ -244,7 +244,8 @@ def bench_generate(bench: Bench, peers: bool) -> None:
     mask = torch.ones(1, 64, dtype=torch.bool, device=bench.device)
 
     def ours() -> torch.Tensor:
-        z_0 = schedule.ddim(lambda z_t, t: guided_noise(unet, z_t, t, 16_000, text, mask, null, mask, 3.0), z_T, steps)
+        z_0 = schedule.ddim(lambda z_t, t: guided_noise(unet, schedule, z_t, t, 16_000, text, mask, null, mask, 3.0),
+                            z_T, steps)
         return vocoder(decoder.decode(z_0))
 
     def peer() -> torch.Tensor:

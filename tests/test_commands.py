@@ -143,7 +143,7 @@ def test_prompts_from_files(checkpoint, command, tmp_path):
 
 def test_equal_prompts_get_names_of_their_own(checkpoint, command, tmp_path):
     assert command("sample.py", "rain", "Rain!", "rain", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint,
-                   "--out", tmp_path)[0] == 0
+                   "--out", tmp_path, "--rate", 16000, 16000)[0] == 0            # a rate named twice is made once
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rain_16000.wav", "rain_2_16000.wav", "rain_3_16000.wav"]
 
 
@@ -181,7 +181,7 @@ def one_line(status: int, err: str, *parts: str) -> None:
 
 
 @pytest.mark.parametrize("arguments, parts", [
-    ([], ["no prompt"]),
+    ([], ["no prompt"]), (["a dog", " "], ["a prompt is empty"]),
     (["x", "--rate", "22050"], ["22050", "16000, 24000, 32000, 48000"]),
     (["x", "--steps", "0"], ["steps", "1 to 1000"]),
     (["x", "--steps", "2000"], ["steps", "1 to 1000"]),

@@ -62,8 +62,9 @@ def test_mel_serves_training_after_generation():
 def test_mel_refuses_what_it_cannot_take():
     with pytest.raises(ValueError, match="44100.*16000, 24000, 32000, 48000"):
         mel_spectrogram(torch.zeros(1, 44_100), 44_100)
-    with pytest.raises(ValueError, match="more than 512 samples, got 512"):
-        mel_spectrogram(torch.zeros(1, 512), 16_000)
+    for wave in (torch.zeros(1, 512), torch.zeros(16_000)):
+        with pytest.raises(ValueError, match="more than 512 samples, got"):
+            mel_spectrogram(wave, 16_000)
 
 
 # Eq. (1): the forward process
@@ -184,7 +185,8 @@ def test_eq_4_mixes_both_branches_of_one_batch(unet):
 
     network = KnownNoise(unet, answer)
     for w in (0.0, 0.5, 3.0):
-        eps = guided_noise(network, inputs["z_t"], 10, 48_000, inputs["text"], inputs["text_mask"], null, null_mask, w)
+        eps = guided_noise(network, NoiseSchedule(), inputs["z_t"], 10, 48_000, inputs["text"], inputs["text_mask"],
+                           null, null_mask, w)
         assert torch.allclose(eps, torch.full_like(eps, w * 1 + (1 - w) * 10))
     z_t, t, c, c_mask = network.asked
     assert z_t.shape[0] == 4 and torch.equal(z_t[:2], z_t[2:])
@@ -192,7 +194,8 @@ def test_eq_4_mixes_both_branches_of_one_batch(unet):
     assert torch.equal(c[:2, :5], inputs["text"]) and torch.equal(c[2:, :5], null)
     assert torch.equal(c[:2, 5:], c[2:, 5:]) and c.shape[1] == 7
 
-    guided_noise(network, inputs["z_t"], 10, 48_000, inputs["text"], inputs["text_mask"], null, null_mask, 1.0)
+    guided_noise(network, NoiseSchedule(), inputs["z_t"], 10, 48_000, inputs["text"], inputs["text_mask"], null,
+                 null_mask, 1.0)
     assert network.asked[0].shape[0] == 2                # w = 1: one branch alone
 
 
@@ -330,6 +333,19 @@ def test_every_rate_starts_from_the_same_noise(model, monkeypatch):
     for rate in RATES:
         model.generate(["a dog"], rate, 0.5, steps=1)
     assert all(torch.equal(started[0], z_T) for z_T in started) and started[0].std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_a_latent_is_no_longer_than_the_sound_needs(model, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(model.schedule, "ddim", lambda f, z_T, *rest: lengths.append(z_T.shape[2]) or z_T)
+    for seconds in (2.24, 4.48, 2.25):
+        model.generate(("a dog",), 16_000, seconds)
+    assert lengths == [56, 112, 64]                      # multiples of 8, four frames of 10 ms each
+
+
+def test_a_text_of_unknown_characters_is_told(model):
+    with pytest.warns(UserWarning, match="狗叫.*does not know"):
+        model.text_encoder.tokenize(["狗叫"])
 
 
 def test_guidance_of_1_is_the_plain_model(model):
