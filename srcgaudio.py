@@ -513,7 +513,7 @@ class SRCgAudio:
         except TypeError as error:
             names = ", ".join(field.name for field in fields(Config))
             raise ValueError(f"{path}: not a model's configuration with {names} ({error})") from None
-        if config.preset not in PRESETS:
+        if config.preset not in list(PRESETS):           # it may be a list, which is no key
             raise ValueError(f"{path}: the preset must be one of {', '.join(PRESETS)}, got {config.preset!r:.50}")
         if not isinstance(config.seconds, (int, float)) or not 0.1 <= config.seconds <= 60:
             raise ValueError(f"{path}: seconds must be from 0.1 to 60, got {config.seconds!r:.50}")

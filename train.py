@@ -440,7 +440,8 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
                 if validated or stop or time.monotonic() - saved > 60 * run.save_minutes:
                     saved = save_state()
             if stop:
-                say(f"{name} stopped after step {step}; the same command goes on from there")
+                say(f"{name} stopped after step {step}; the same command, without --overwrite, goes on from there")
+                barrier()                                # torchrun ends the others where one ends: let rank 0 save
                 raise KeyboardInterrupt
     barrier()                                            # the next job reads what rank 0 has written
 
@@ -1092,7 +1093,8 @@ def find_outputs(args: argparse.Namespace) -> dict[str, str]:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
     new_vae = "vae" in outputs and (args.overwrite or not (folder / "vae.pt").exists())
     if new_vae and "ldm" not in outputs and (folder / "unet.pt").exists():
-        if not args.decoder_only or len({latent_digest(SRCgAudio.load_vae(f)) for f in (folder, args.start_from)}) > 1:
+        places = [path for path in (folder, args.start_from) if path and (path / "vae.pt").exists()]
+        if not args.decoder_only or len({latent_digest(SRCgAudio.load_vae(path)) for path in places}) > 1:
             raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE it was trained with alone; name "
                              f"another --checkpoint, train both anew (vae ldm), or keep the latents with "
                              f"--decoder-only --start-from {folder}")

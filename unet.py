@@ -7,7 +7,7 @@ middle block and four decoder blocks over the latent "image" (time x frequency),
     forward     z_t (B, 8, T/4, 16), t (B,), c, c_mask -> predicted noise (B, 8, T/4, 16)
 
 Images are kept in channels_last, where (B, C, H, W) already lies in memory as the list of tokens (B, H*W, C), so
-going between convolution and attention moves no data.
+going between convolution and attention moves no data on a CPU.
 """
 import math
 from pathlib import Path

@@ -103,7 +103,7 @@ def read_pytorch(path: Path) -> object:
                 for entry in archive.infolist():
                     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
                         raise ValueError(f"{entry.filename} is compressed or larger than the file")
-                    if entry.filename.endswith("data.pkl"):
+                    if entry.filename.lower().endswith("data.pkl"):
                         check_pickle(io.BytesIO(archive.read(entry)))
         else:
             for _ in range(5):
@@ -292,8 +292,9 @@ def build(module_class, arguments: dict, weights: Weights, source: str | Path, n
     """A module made with `arguments`, which `sizes_source` holds if `source` does not, and filled by `load`."""
     try:
         # Each layer or block has tensors in the file; more of them would be built without end.
-        if any(arguments.get(name, 0) > len(weights) for name in ("layers", "blocks")):
-            raise ValueError(f"layers or blocks are more than the {len(weights)} tensors in {source}")
+        if (any(arguments.get(name, 0) > len(weights) for name in ("layers", "blocks"))
+                or len(arguments.get("widths", ())) > len(weights)):
+            raise ValueError(f"layers, blocks or widths are more than the {len(weights)} tensors in {source}")
         with torch.device("meta"):                       # shapes alone: the file's tensors take their places
             module = module_class(**arguments)
     except Exception as error:                           # sizes from a file can be anything

@@ -502,6 +502,10 @@ def test_a_decoder_trained_alone_leaves_the_latents(start, command, tmp_path, ch
     before, after = (weights.read(folder / "vae.pt") for folder in (checkpoint, tmp_path / "run"))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder", "post_quant_conv"}
+    for name in ("vae.pt", "vae_state.pt"):              # a run stopped early has unet.pt already, and no vae.pt
+        (tmp_path / "run" / name).unlink()
+    status, _, err = command(*start("vae", tmp_path / "run", "--decoder-only"))
+    assert status == 0, err
 
 
 def test_a_decoder_of_other_latents_replaces_none(start, command, tmp_path, checkpoint):
