@@ -252,7 +252,7 @@ def test_a_full_disk_keeps_the_last_state(start, command, tmp_path, monkeypatch)
     monkeypatch.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
     status, out, err = command(*start("vae", tmp_path / "run"))
     monkeypatch.undo()
-    assert status == 130 and "stopped after step 2; the same command goes on" in out + err
+    assert status == 130 and "stopped after step 2; the same command, without --overwrite, goes on" in out + err
     state = tmp_path / "run" / "vae_state.pt"
     before = state.read_bytes()
     limit = len(before) // 2
