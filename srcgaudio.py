@@ -197,7 +197,7 @@ class TextEncoder(nn.Module):
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Texts -> ids (B, N), each ending in </s> and padded with 0, and mask (B, N), True at real tokens.
 
-        Texts of more than 512 tokens are cut there, with a warning; so is a text with characters that have no token.
+        Texts of more than 512 tokens are cut there, with a warning; characters that have no token give one too.
         """
         rows = [self.tokenizer.encode(text) + [self.END] for text in texts]
         for i, row in enumerate(rows):
@@ -321,7 +321,7 @@ class NoiseSchedule:
         z_0, eps: (B, 8, T/4, 16) clean latent and standard normal noise.  t: (B,) indices, 0 to T - 1.
         """
         alpha_bar = self.alpha_bar.to(z_0)[t].view(-1, 1, 1, 1)                          # (B, 1, 1, 1)
-        # Eq. (1) applied from z_0 on: q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
+        # Eq. (1), step after step from z_0 to z_t: q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
         return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps
 
     def eps_from_v(self, v: Tensor, z_t: Tensor, t: Tensor | int) -> Tensor:

@@ -1093,8 +1093,9 @@ def find_outputs(args: argparse.Namespace) -> dict[str, str]:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
     new_vae = "vae" in outputs and (args.overwrite or not (folder / "vae.pt").exists())
     if new_vae and "ldm" not in outputs and (folder / "unet.pt").exists():
-        places = [path for path in (folder, args.start_from) if path and (path / "vae.pt").exists()]
-        if not args.decoder_only or len({latent_digest(SRCgAudio.load_vae(path)) for path in places}) > 1:
+        # Where unet.pt lies without a vae.pt, such a run has copied it and was stopped before it wrote its own VAE.
+        if not args.decoder_only or ((folder / "vae.pt").exists() and len(
+                {latent_digest(SRCgAudio.load_vae(path)) for path in (folder, args.start_from)}) > 1):
             raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE it was trained with alone; name "
                              f"another --checkpoint, train both anew (vae ldm), or keep the latents with "
                              f"--decoder-only --start-from {folder}")
