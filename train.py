@@ -335,11 +335,15 @@ def descend(network: nn.Module, optimizer: torch.optim.Optimizer, parts: list, l
 
 @contextmanager
 def stop_when_asked() -> Iterator[Tensor]:
-    """Ctrl-C and SIGTERM set the tensor that this yields, for the loop to end after its step; a second one ends it."""
+    """Ctrl-C and SIGTERM set the tensor that this yields, for the loop to end after its step; a second Ctrl-C ends it.
+
+    A second SIGTERM is one too many: a cluster's scheduler may send it to torchrun, which sends it on, and to each
+    process.
+    """
     asked = torch.zeros(())
 
-    def ask(*_) -> None:
-        if asked:
+    def ask(number: int, _frame) -> None:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.fill_(1)
 
@@ -352,8 +356,11 @@ def stop_when_asked() -> Iterator[Tensor]:
 
 
 def read_state(path: Path, identity: dict[str, str]) -> dict | None:
-    """The state that a run of this identity left, if there is one.  Raises ValueError if it was another run's."""
-    if not path.is_file():
+    """The state that a run of this identity left, if there is one.  Raises ValueError if it was another run's.
+
+    An empty file is there between --overwrite and the first step of the job.
+    """
+    if not path.is_file() or path.stat().st_size == 0:
         return None
     try:
         state = weights.read_pytorch(path)
@@ -388,6 +395,7 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
         step, best, log_bytes = state["step"], state["best"], state["log_bytes"]
         for key, part in job.kept.items():
             part.load_state_dict(state["kept"][key])
+        state = None                                     # the file is mapped, and soon to be replaced
         say(f"{name} goes on from step {step}")
     plan = Plan(len(job.data.items), settings, run)
 
@@ -1202,7 +1210,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         SRCgAudio.save_config(config, folder)
         if args.overwrite:
             for job in outputs:
-                (folder / f"{job}_state.pt").unlink(missing_ok=True)
+                (folder / f"{job}_state.pt").write_bytes(b"")
     return run
 
 
@@ -1225,10 +1233,12 @@ def report(run: Run, left_out: list[str]) -> None:
 
 def main() -> None:
     args = parse()
+    torchrun = "WORLD_SIZE" in os.environ                # has started this process, and others
+    if torchrun and torch.cuda.is_available() and args.device in ("auto", "cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(args.device)
-    if "WORLD_SIZE" in os.environ:                       # torchrun started this process, and others
+    if torchrun:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         # The others may wait for rank 0 while it fills the cache or validates.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))

@@ -224,6 +224,22 @@ def test_a_run_that_is_done_is_not_done_again(start, command, tmp_path):
     assert status == 0 and (tmp_path / "run" / "vae.pt").read_bytes() != before
 
 
+def test_a_stopped_run_that_overwrites_goes_on(start, command, tmp_path, monkeypatch):
+    """Its later jobs' old weights do not stand in the way; a scheduler's second SIGTERM does not end it early."""
+    folder = tmp_path / "run"
+    jobs = start("vae", folder, "--epochs", 4)
+    jobs.insert(2, "ldm")
+    assert command(*jobs)[0] == 0
+    old = weights.read(folder / "unet.pt")
+    monkeypatch.setattr("train.Ema.update", lambda *_: [signal.raise_signal(signal.SIGTERM) for _ in range(2)])
+    status, out, err = command(*jobs, "--seed", 1, "--overwrite")
+    assert status == 130 and "vae stopped after step 2" in out + err
+    monkeypatch.undo()
+    status, out, err = command(*jobs, "--seed", 1)
+    assert status == 0 and "vae goes on from step 2" in out + err
+    assert any((weights.read(folder / "unet.pt")[name] != tensor).any() for name, tensor in old.items())
+
+
 def test_a_refused_run_changes_nothing(start, command, tmp_path, checkpoint):
     """Neither the run that was stopped, nor the folder of another preset."""
     run = tmp_path / "run"
