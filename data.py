@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,9 +110,9 @@ def ends_early(path: Path, log: str) -> bool:
             tail = file.read()
         page = tail.rfind(b"OggS")
         return page < 0 or page + 5 >= len(tail) or not tail[page + 5] & 4
-    # libsndfile's log says "data : 1000 (should be 500)"; a stream of unknown length promises 2^32 - 1
-    return any("(should be" in line and line.startswith("data") and "4294967295" not in line
-               for line in log.splitlines())
+    # libsndfile's log says "data : 1000 (should be 500)"; a stream of unknown length promises 2 GiB (SoX) or 4 (FFmpeg)
+    found = re.search(r"^data\s*: (\d+) \(should be", log, re.MULTILINE)
+    return found is not None and int(found[1]) < 0x7FFFF000
 
 
 def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:

@@ -142,11 +142,14 @@ class Generator(nn.Module):
         config_path = (path if path.is_dir() else path.parent) / "config.json"
         config = weights.read_json(config_path) if path.is_dir() or config_path.is_file() else {}
         if path.is_dir() or "upsample_rates" in config:                           # may be another file's
+            rates = config.get("upsample_rates", [])
+            if not isinstance(rates, list):
+                raise ValueError(f"{config_path}: upsample_rates must be a list, got {rates!r:.50}")
             weights.check_config(config, {
                 "resblock": "1", "resblock_kernel_sizes": list(cls.RES_KERNELS), "normalize_before": False,
                 "resblock_dilation_sizes": [list(ResBlock.DILATIONS)] * 3, "leaky_relu_slope": 0.1,
-                "upsample_rates": list(strides or config.get("upsample_rates", ()))}, config_path)
-            strides = config.get("upsample_rates", ())
+                "upsample_rates": list(strides or rates)}, config_path)
+            strides = rates
         strides = strides or (STRIDES[16_000] if kernels == KERNELS else [kernel // 2 for kernel in kernels])
         sizes = {"strides": tuple(strides), "kernels": kernels, "channels": channels, "n_mels": n_mels}
         return sizes, tensors, path, names

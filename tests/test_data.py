@@ -148,6 +148,20 @@ def test_bad_audio_is_named(tmp_path, kind, message):
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_a_stream_may_promise_more_than_it_holds(tmp_path):
+    """SoX and FFmpeg, writing to a pipe, can't know the length."""
+    path = tmp_path / "stream.wav"
+    soundfile.write(path, np.full(1000, 0.1), 16_000)
+    content = path.read_bytes()
+    for promised, fits in ((0x7FFFF000, True), (0xFFFFFFFF, True), (3000, False)):
+        path.write_bytes(content[:40] + promised.to_bytes(4, "little") + content[44:])
+        if fits:
+            assert len(read_audio(path)[0]) == 1000
+        else:
+            with pytest.raises(ValueError, match="truncated"):
+                read_audio(path)
+
+
 @pytest.mark.parametrize("text, message", [
     ("", "no columns path and caption"), ("path,caption\n", "no clips to use"),
     ("path,text\na.wav,a dog\n", "no columns path"), ("file,caption\na.wav,a dog\n", "no columns path"),

@@ -151,6 +151,9 @@ def test_transformers_vocoder(tmp_path):
         (folder / "config.json").write_text(json.dumps(config | wrong))
         with pytest.raises(ValueError, match=f"config.json: {list(wrong)[0]} is .*, expected"):
             Generator.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"upsample_rates": None}))
+    with pytest.raises(ValueError, match="config.json: upsample_rates must be a list"):
+        Generator.from_pretrained(folder)
 
 
 def test_hifigan_with_weight_norm(tmp_path):
