@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import weights
+
 SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
 BLOCK = 2 ** 22                                          # samples
 
@@ -47,11 +49,9 @@ class Clip:
         """Whether the file has the highs of `rate`: 44.1 kHz counts as reaching 48 kHz."""
         return self.rate >= 0.9 * rate
 
-    def read(self, rate: int, start: float = 0.0, seconds: float | None = None) -> Tensor:
-        """The wave at `rate` with its level adjusted, (round(seconds * rate),), from `start` seconds on; without
-        `seconds` to its end.  Silence follows where the file ends early."""
-        if seconds is None:
-            seconds = self.samples / self.rate - start
+    def read(self, rate: int, start: float, seconds: float) -> Tensor:
+        """The wave at `rate` with its level adjusted, (round(seconds * rate),), from `start` seconds on.  Silence
+        follows where the file ends early."""
         margin = 0.05                                    # what the resampler wants to see on both sides
         first = max(0, int((start - margin) * self.rate))
         wave, _ = read_audio(self.path, first, math.ceil((seconds + 2 * margin) * self.rate))
@@ -251,7 +251,7 @@ def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Ro
     Raises ValueError naming the file.
     """
     if source.suffix.lower() == ".json":                 # WavCaps
-        entries = read_json(source).get("data")
+        entries = weights.read_json(source, largest=2 ** 30).get("data")
         if not isinstance(entries, list) or not all(isinstance(entry, dict) and {"id", "caption"} <= set(entry)
                                                     for entry in entries):
             raise ValueError(f'{source}: not as WavCaps\'s files are, {{"data": [{{"id": ..., "caption": ...}}, ...]}}')
@@ -284,16 +284,6 @@ def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Ro
                      f"nor is it AudioCaps', ESC-50's or VGGSound's")
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: its JSON is not an object")
-    return content
-
-
 def stem(name: object) -> str:
     """A file's name without its audio suffix; ids of WavCaps may or may not have one."""
     path = Path(str(name))
@@ -318,7 +308,7 @@ def find_audio(row: Row, files: dict[str, list[Path]]) -> Path:
 
 def read_blacklist(path: Path) -> set[str]:
     """The ids in one of WavCaps' blacklists, {"AudioSet": ["Y...wav", ...], "FreeSound": ["156", ...]}, as stems."""
-    lists = read_json(path)
+    lists = weights.read_json(path, largest=2 ** 30)
     if not all(isinstance(ids, list) for ids in lists.values()):
         raise ValueError(f"{path}: not as WavCaps' blacklists are, lists of ids under the names of their sources")
     return {stem(name) for ids in lists.values() for name in ids}

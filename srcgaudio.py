@@ -310,10 +310,11 @@ class NoiseSchedule:
     published implementation, indices run from 0 to T - 1.
     """
 
-    def __init__(self, T: int = 1000, beta_1: float = 0.00085, beta_T: float = 0.012):
-        self.T = T
-        self.beta = torch.linspace(beta_1 ** 0.5, beta_T ** 0.5, T, dtype=torch.float64) ** 2      # (T,)
-        self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)                                       # (T,)
+    T, BETA_1, BETA_T = 1000, 0.00085, 0.012
+
+    def __init__(self):
+        self.beta = torch.linspace(self.BETA_1 ** 0.5, self.BETA_T ** 0.5, self.T, dtype=torch.float64) ** 2     # (T,)
+        self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)                                                     # (T,)
 
     def add_noise(self, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Jump from z_0 to z_t at once.
@@ -324,9 +325,9 @@ class NoiseSchedule:
         # Eq. (1), step after step from z_0 to z_t: q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
         return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps
 
-    def eps_from_v(self, v: Tensor, z_t: Tensor, t: Tensor | int) -> Tensor:
+    def eps_from_v(self, v: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """The noise in z_t (B, 8, T/4, 16) from v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0, which some
-        networks predict (Salimans, Ho 2022).  t: (B,) indices, or one for all."""
+        networks predict (Salimans, Ho 2022).  t: (B,) indices."""
         alpha_bar = self.alpha_bar.to(z_t)[t].view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * z_t
 
@@ -334,9 +335,9 @@ class NoiseSchedule:
         """The indices t that DDIM visits, from noise to data: evenly spaced, the last of them 1 (of T steps, the first
         two are T - 1).
 
-        Few of them start well below T, 5 at 801, with a z_T that is more noise than z_801 should be; a single one at 1,
-        so that noise comes out.  And what is fine in a latent is made in the last ones: 25 leave the mels of the model
-        in the box smoother than 200.
+        With few steps the first index lies well below T, at 801 with 5, though z_T is pure noise, more than z_801 has;
+        a single step starts at 1 and returns noise.  What is fine in a latent is made in the last steps: with 25, the
+        mels of the model in the box come out smoother than with 200.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"the number of steps must be from 1 to {self.T}, got {steps}")
@@ -361,6 +362,17 @@ class NoiseSchedule:
         return z_t
 
 
+def eps_theta(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: Tensor, rate: Tensor, text: Tensor,
+              text_mask: Tensor) -> Tensor:
+    """eps_theta(z_t, t, c): the noise that the network sees in z_t (B, 8, T/4, 16), whatever it predicts.
+
+    t (index), rate (Hz): (B,).  text (B, N, d), text_mask (B, N).
+    """
+    c, c_mask = unet.condition(t, rate, text, text_mask)
+    predicted = unet(z_t, t, c, c_mask)
+    return schedule.eps_from_v(predicted, z_t, t) if unet.predicts == "v" else predicted
+
+
 def diffusion_loss(unet: UNet, schedule: NoiseSchedule, z_0: Tensor, rate: Tensor, text: Tensor, text_mask: Tensor,
                    t: Tensor, eps: Tensor) -> Tensor:
     """Eq. (3) for a batch, before the expectation: the mean squared error of each item, (B,).
@@ -368,12 +380,8 @@ def diffusion_loss(unet: UNet, schedule: NoiseSchedule, z_0: Tensor, rate: Tenso
     z_0, eps: (B, 8, T/4, 16).  rate (Hz), t: (B,).  text (B, N, d), text_mask (B, N).
     """
     z_t = schedule.add_noise(z_0, eps, t)
-    c, c_mask = unet.condition(t, rate, text, text_mask)
-    predicted = unet(z_t, t, c, c_mask)
-    if unet.predicts == "v":
-        predicted = schedule.eps_from_v(predicted, z_t, t)
     # Eq. (3): min over theta of E || eps - eps_theta(z_t, t, c) ||^2, here as a mean over the latent's entries
-    return (eps - predicted).square().mean(dim=(1, 2, 3))
+    return (eps - eps_theta(unet, schedule, z_t, t, rate, text, text_mask)).square().mean(dim=(1, 2, 3))
 
 
 def guided_noise(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: int, rate: int, text: Tensor, text_mask: Tensor,
@@ -389,9 +397,7 @@ def guided_noise(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: int, rate:
         text, text_mask = torch.cat([text, null]), torch.cat([text_mask, null_mask])
     batch_t = torch.full((len(z_t),), t, device=z_t.device)
     batch_rate = torch.full((len(z_t),), rate, device=z_t.device)
-    eps = unet(z_t, batch_t, *unet.condition(batch_t, batch_rate, text, text_mask))
-    if unet.predicts == "v":
-        eps = schedule.eps_from_v(eps, z_t, t)
+    eps = eps_theta(unet, schedule, z_t, batch_t, batch_rate, text, text_mask)
     if w == 1:
         return eps
     eps_c, eps_null = eps.chunk(2)

@@ -83,8 +83,8 @@ SETTINGS = {
                             validate_every=10),
         "ldm": Settings(epochs=18, batch=16, lr=1e-3, muon=True, balanced=True),
     },
-    # 40 epochs: III-B.  The LDM's learning rate: Tango's published training command, as linear decay is.  Vocoder:
-    # HiFi-GAN V1's batch and rate; its 8192 samples at 22 kHz are 0.37 s.  The rest is our choice.
+    # Epochs: III-B.  LDM: learning rate and linear decay of Tango's published training command.  Vocoder: batch and
+    # rate of HiFi-GAN V1, whose crops of 8192 samples at 22 kHz are 0.37 s long.  The rest is our choice.
     "paper": {
         "vae": Settings(epochs=40, batch=16, lr=5e-5, frames=512),
         "vocoder": Settings(epochs=40, batch=16, lr=2e-4, frames=40, discriminators=(32, 128)),
@@ -287,8 +287,10 @@ class Muon(torch.optim.Optimizer):
         for shape, parameters in by_shape.items():
             momentum = []
             for parameter in parameters:
-                average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
-                average.lerp_(parameter.grad, 0.1)
+                state = self.state[parameter]
+                if not state:
+                    state["average"] = torch.zeros_like(parameter)
+                average = state["average"].lerp_(parameter.grad, 0.1)
                 momentum.append(parameter.grad.lerp(average, 0.9).reshape(shape[0], -1))
             matrices = orthogonal(torch.stack(momentum))
             size = 0.2 * max(matrices.shape[1:]) ** 0.5                # as long a step as Adam's
@@ -394,8 +396,9 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
     if state:
         step, best, log_bytes = state["step"], state["best"], state["log_bytes"]
         for key, part in job.kept.items():
-            part.load_state_dict(state["kept"][key])
-        state = None                                     # the file is mapped, and soon to be replaced
+            # The state is mapped, and its file will be replaced; an optimizer would keep the map, and the file's room.
+            part.load_state_dict(copy.deepcopy(state["kept"][key]))
+        state = None
         say(f"{name} goes on from step {step}")
     plan = Plan(len(job.data.items), settings, run)
 
@@ -548,7 +551,7 @@ def whiten_patches(vae: VAE, mels: Tensor) -> None:
     patches = F.pixel_unshuffle(F.pixel_unshuffle(mels[:, None], 2), 2)                      # (N, 16, T/4, 16)
     patches = patches.permute(0, 2, 3, 1).flatten(0, 2)                                      # (N * T/4 * 16, 16)
     variances, components = torch.linalg.eigh(patches.T.cov())
-    whitened = components[:, -n:] / variances[-n:].sqrt()                                    # (16, 8)
+    whitened = components[:, -n:] / (variances[-n:] + 0.01).sqrt()                           # (16, 8); silence has none
     mixtures = torch.randn(len(halve_again.weight), n) @ whitened.T / n ** 0.5               # (C, 16)
     halve_again.weight *= 0.1
     halve_again.weight[:, :4, :2, :2] = mixtures.view(-1, 4, 2, 2)
@@ -682,9 +685,14 @@ class TrainVocoder:
         """Where the run starts from a checkpoint, start from this rate's vocoder, or from the one of the nearest rate,
         and from its discriminators: all rates have tensors of the same shapes.  Those trained in this folder count too.
         Returns whether there was one."""
-        there = {rate: folder for folder in (self.run.folder, self.run.start) for rate in RATES
-                 if self.run.start and (folder / f"vocoder_{rate}.pt").is_file()
-                 and (folder == self.run.start or rate != self.rate)}            # not from what --overwrite replaces
+        if not self.run.start:
+            return False
+        there = {}
+        for folder in (self.run.folder, self.run.start):               # where both have a rate, the second counts
+            for rate in RATES:
+                replaced = rate == self.rate and folder != self.run.start                    # by --overwrite
+                if (folder / f"vocoder_{rate}.pt").is_file() and not replaced:
+                    there[rate] = folder
         if not there:
             return False
         nearest = min(there, key=lambda rate: abs(rate - self.rate))
@@ -796,7 +804,7 @@ class Latents(Dataset):
 
     def __init__(self, run: Run, items: list[tuple[Clip, int]], places: np.ndarray, texts: dict, scale_factor: float,
                  times: Tensor | None = None):
-        self.seed, self.arrays, self.T = run.seed, run.cache.arrays, NoiseSchedule().T
+        self.seed, self.arrays, self.T = run.seed, run.cache.arrays, NoiseSchedule.T
         self.items, self.places, self.texts, self.scale_factor, self.times = items, places, texts, scale_factor, times
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int, int, Tensor]:
@@ -986,9 +994,14 @@ def latent_digest(vae: VAE) -> bytes:
     return network_digest(nn.ModuleList([vae.encoder, vae.quant_conv]))
 
 
+def same_latents(folder: Path, other: Path) -> bool:
+    """Whether the VAEs of two checkpoints make the same latents, so that a U-Net of one is at home in the other."""
+    return latent_digest(SRCgAudio.load_vae(folder)) == latent_digest(SRCgAudio.load_vae(other))
+
+
 def even_times(items: list[tuple[Clip, int]], rates: list[int]) -> Tensor:
     """A t for each item: those of each rate spread evenly from 0 to T - 1, in random order."""
-    T, times = NoiseSchedule().T, torch.zeros(len(items), dtype=torch.long)
+    T, times = NoiseSchedule.T, torch.zeros(len(items), dtype=torch.long)
     for rate in rates:
         of_rate = torch.tensor([i for i, item in enumerate(items) if item[1] == rate])
         even = (torch.arange(len(of_rate)) + 0.5) * T / len(of_rate)
@@ -1102,8 +1115,7 @@ def find_outputs(args: argparse.Namespace) -> dict[str, str]:
     new_vae = "vae" in outputs and (args.overwrite or not (folder / "vae.pt").exists())
     if new_vae and "ldm" not in outputs and (folder / "unet.pt").exists():
         # Where unet.pt lies without a vae.pt, such a run has copied it and was stopped before it wrote its own VAE.
-        if not args.decoder_only or ((folder / "vae.pt").exists() and len(
-                {latent_digest(SRCgAudio.load_vae(path)) for path in (folder, args.start_from)}) > 1):
+        if not args.decoder_only or (folder / "vae.pt").exists() and not same_latents(folder, args.start_from):
             raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE it was trained with alone; name "
                              f"another --checkpoint, train both anew (vae ldm), or keep the latents with "
                              f"--decoder-only --start-from {folder}")
@@ -1117,13 +1129,15 @@ def find_copies(args: argparse.Namespace, config: Config, outputs: dict[str, str
         raise ValueError(f"{args.start_from} holds the preset {preset!r}, {args.checkpoint} {config.preset!r}; start "
                          f"from another folder")
     not_copied = set(outputs.values())
-    if "vae" in args.jobs and not args.decoder_only:
+    both_have_one = all((folder / "vae.pt").is_file() for folder in (args.checkpoint, args.start_from))
+    if "vae" in args.jobs and not args.decoder_only \
+            or both_have_one and not same_latents(args.checkpoint, args.start_from):
         not_copied.add("unet.pt")                        # of no use in another VAE's latents
     if args.no_rate_token:                               # a gAudio makes sound at its own rate alone
         not_copied |= {f"vocoder_{rate}.pt" for rate in RATES if rate not in args.rates}
     not_copied |= {name.replace("vocoder", "discriminators") for name in not_copied}
     return [path for path in sorted(args.start_from.iterdir())
-            if path.suffix in (".json", ".model", ".pt") and not path.name.endswith("_state.pt")
+            if path.suffix in (".model", ".pt") and not path.name.endswith("_state.pt")
             and path.name not in not_copied and not (args.checkpoint / path.name).exists()]
 
 
@@ -1138,7 +1152,8 @@ def pick_config(args: argparse.Namespace) -> Config:
         config = replace(config, text_encoder=str(args.flan_t5.resolve()),
                          unet=config.unet | {"context_width": encoder.embedding.weight.shape[1]})
     if args.no_rate_token:
-        config = replace(config, unet=config.unet | {"tokens": ["time"]})
+        tokens = [name for name in config.unet.get("tokens", ["time", "rate"]) if name != "rate"]
+        config = replace(config, unet=config.unet | {"tokens": tokens})
     if "ldm" in args.jobs and len(set(args.rates)) > 1 and "rate" not in config.unet.get("tokens", ["rate"]):
         raise ValueError(f"the U-Net of {source} is not told the rate, so it can learn one alone; name it with "
                          f"--rates, or start from one that has the token (weights.py import --add-tokens)")
@@ -1193,10 +1208,12 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
             raise ValueError(f"{args.tokenizer_captions}: no such caption file")
         rows = read_rows(args.tokenizer_captions, args.tokenizer_captions.parent, captions=True, split="train")
         tokenizer_captions = [row.caption for row in rows]
-    run = Run(folder, config, settings, train, val, sorted(set(args.rates)), args.any_rate, args.start_from,
-              args.decoder_only, args.train_text_encoder, tokenizer_captions, args.seed, device,
-              pick_precision(device, args.precision), args.workers, cache, args.accumulate,
-              args.activation_checkpointing, args.save_minutes, args.plot)
+    run = Run(folder=folder, config=config, settings=settings, train=train, val=val, rates=sorted(set(args.rates)),
+              any_rate=args.any_rate, start=args.start_from, decoder_only=args.decoder_only,
+              train_text_encoder=args.train_text_encoder, tokenizer_captions=tokenizer_captions, seed=args.seed,
+              device=device, precision=pick_precision(device, args.precision), workers=args.workers, cache=cache,
+              accumulate=args.accumulate, activation_checkpointing=args.activation_checkpointing,
+              save_minutes=args.save_minutes, plot=args.plot)
     if not args.overwrite:
         for job in outputs:                              # refuses another run's state
             read_state(folder / f"{job}_state.pt", run.identity(settings[job.split("_")[0]]))

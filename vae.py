@@ -227,7 +227,7 @@ class VAE(nn.Module):
     def forward(self, mel: Tensor, eps: Tensor, leftover: float) -> tuple[Tensor, Tensor, Tensor]:
         """What training takes: mel (B, T, 64) and standard normal noise (B, 8, T/4, 16) -> decoded, mean, logvar.
 
-        leftover: standard deviation of the noise that is in the latent beside the posterior's own; 0 is none.
+        leftover: what is added to the posterior's standard deviation; 0 is nothing.
         """
         mean, logvar = self.encode(mel)
         return self.decode(sample_posterior(mean, logvar, eps) + leftover * eps), mean, logvar

@@ -130,12 +130,12 @@ class Generator(nn.Module):
         path = Path(path)
         tensors = weights.under(weights.read(path), "generator.", "state_dict.first_stage_model.vocoder.", "vocoder.",
                                 "")
-        names = TRANSFORMERS_NAMES if path.is_dir() else []
         tensors = weights.fold_weight_norm(tensors, path)
-        for statistics in ("mean", "scale") if path.is_dir() else ():             # not used without normalize_before
-            tensors.pop(statistics, None)
-
-        ups = "upsampler" if path.is_dir() else "ups"
+        ups, names = "ups", []
+        if path.is_dir():                                                         # transformers'
+            ups, names = "upsampler", TRANSFORMERS_NAMES
+            for statistics in ("mean", "scale"):                                  # not used without normalize_before
+                tensors.pop(statistics, None)
         kernels = tuple(weights.shape_of(tensors, f"{ups}.{i}.weight", 3, path)[2]
                         for i in range(weights.count(tensors, ups + ".{}.")))
         channels, n_mels, _ = weights.shape_of(tensors, "conv_pre.weight", 3, path)
@@ -149,7 +149,7 @@ class Generator(nn.Module):
                 "resblock": "1", "resblock_kernel_sizes": list(cls.RES_KERNELS), "normalize_before": False,
                 "resblock_dilation_sizes": [list(ResBlock.DILATIONS)] * 3, "leaky_relu_slope": 0.1,
                 "upsample_rates": list(strides or rates)}, config_path)
-            strides = rates
+            strides = rates or strides
         strides = strides or (STRIDES[16_000] if kernels == KERNELS else [kernel // 2 for kernel in kernels])
         sizes = {"strides": tuple(strides), "kernels": kernels, "channels": channels, "n_mels": n_mels}
         return sizes, tensors, path, names

@@ -115,7 +115,8 @@ def check_pickle(file: io.BufferedIOBase) -> None:
     """Read the next pickle without running it.  Raises ValueError if it calls anything that makes no plain tensor."""
     for operation, argument, _ in pickletools.genops(file):
         if "GLOBAL" in operation.name and not PICKLED.fullmatch(argument or ""):
-            raise ValueError(f"it calls {(argument or 'code').replace(' ', '.')}, which weights alone do not need")
+            raise ValueError(f"it calls {(argument or 'code').replace(' ', '.')}, which weights alone do not "
+                             f"need; if you trust it, torch.save its state dict alone")
 
 
 def flatten(content: object) -> Weights:
@@ -171,10 +172,10 @@ def read_safetensors(path: Path) -> Weights:
     return tensors
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file.  Raises ValueError naming the file if it is missing or holds none."""
+def read_json(path: Path, largest: int = LARGEST_JSON) -> dict:
+    """A JSON object from a file.  Raises ValueError naming the file if it is missing, larger or no such."""
     try:
-        if path.stat().st_size > LARGEST_JSON:
+        if path.stat().st_size > largest:
             raise ValueError("too large")
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
@@ -408,6 +409,9 @@ def import_checkpoint(args: argparse.Namespace) -> None:
     for name in parts:
         if (folder / name).exists() and not args.overwrite:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
+    if "vae.pt" in parts and "unet.pt" not in parts and (folder / "vae.pt").exists() and (folder / "unet.pt").exists():
+        raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE beside it alone; import both, or name "
+                         f"another --checkpoint")
     SRCgAudio.save_config(config, folder)
     for name, part in parts.items():
         if name == "text_encoder.pt":
@@ -419,7 +423,7 @@ def import_checkpoint(args: argparse.Namespace) -> None:
 
 def export_checkpoint(args: argparse.Namespace) -> None:
     """Write U-Net, VAE and text encoder of a checkpoint as folders that diffusers and transformers open."""
-    from srcgaudio import T5_NAMES, SRCgAudio, TextEncoder
+    from srcgaudio import T5_NAMES, NoiseSchedule, SRCgAudio, TextEncoder
     from unet import DIFFUSERS_NAMES as UNET_NAMES
     from unet import UNet
     from vae import DIFFUSERS_NAMES as VAE_NAMES
@@ -458,8 +462,9 @@ def export_checkpoint(args: argparse.Namespace) -> None:
         "use_linear_projection": True, "flip_sin_to_cos": True, "freq_shift": 0, "act_fn": "silu",
         "norm_num_groups": sizes["groups"], "norm_eps": 1e-5}, out["unet"] / "config.json")
     save_json({
-        "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
+        "_class_name": "DDIMScheduler", "num_train_timesteps": NoiseSchedule.T, "beta_schedule": "scaled_linear",
+        "beta_start": NoiseSchedule.BETA_1, "beta_end": NoiseSchedule.BETA_T, "steps_offset": 1,
+        "set_alpha_to_one": False, "clip_sample": False,
         "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[sizes["predicts"]]},
         out["scheduler"] / "scheduler_config.json")
 
@@ -475,9 +480,9 @@ def export_checkpoint(args: argparse.Namespace) -> None:
         "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
         "act_fn": "silu", "norm_num_groups": sizes["groups"]}, out["vae"] / "config.json")
 
-    tensors = encoder.state_dict()
-    sizes = TextEncoder.sizes(rename(tensors, T5_NAMES, backwards=True), args.checkpoint)
-    save_safetensors(rename(tensors, T5_NAMES, backwards=True), out["text_encoder"] / "model.safetensors")
+    tensors = rename(encoder.state_dict(), T5_NAMES, backwards=True)
+    sizes = TextEncoder.sizes(tensors, args.checkpoint)
+    save_safetensors(tensors, out["text_encoder"] / "model.safetensors")
     (out["text_encoder"] / "spiece.model").write_bytes(encoder.tokenizer.serialized_model_proto())
     save_json({
         "architectures": ["T5EncoderModel"], "model_type": "t5", **TextEncoder.transformers_config(sizes),

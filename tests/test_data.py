@@ -78,14 +78,14 @@ def test_long_files_are_read_in_blocks(tmp_path, monkeypatch, block, suffix):
 
 def test_a_clip_is_read_with_zero_mean_and_peak_half(tmp_path):
     soundfile.write(tmp_path / "a.wav", (0.1 + 0.3 * tone(440, 16_000)).numpy(), 16_000)
-    wave = Clip(tmp_path / "a.wav", "", *inspect(tmp_path / "a.wav")).read(16_000)
+    wave = Clip(tmp_path / "a.wav", "", *inspect(tmp_path / "a.wav")).read(16_000, 0, 1)
     assert wave.mean().abs() < 1e-4 and wave.abs().max().item() == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_crop_is_a_part_of_the_whole(clips):
     clip = clips[0]
     for rate in (16_000, 48_000):
-        whole, crop = clip.read(rate), clip.read(rate, 1.5, 0.5)
+        whole, crop = clip.read(rate, 0, 5), clip.read(rate, 1.5, 0.5)
         assert len(crop) == rate // 2
         assert (whole[round(1.5 * rate):2 * rate] - crop).abs().max() < 1e-3
         assert clip.read(rate, 4.9, 0.5)[-rate // 10:].abs().max() == 0        # silence after the end
@@ -181,11 +181,13 @@ def test_bad_captions_are_named(tmp_path, cache, text, message):
 @pytest.mark.parametrize("sources, captions, message", [
     (["."], False, "no clips to use"), (["."], True, "a folder has no captions"),
     (["nothing"], True, "no such caption file"), (["a.json", "nothing"], True, "nothing: not a folder"),
-    (["a.json", "."], True, "as WavCaps's files are"), (["b.json", "."], True, "not readable JSON"),
+    (["a.json", "."], True, "as WavCaps's files are"), (["b.json", "."], True, "not a JSON object"),
+    (["c.json", "."], True, "not a JSON object"),
 ])
 def test_nothing_to_train_on_is_an_error(tmp_path, cache, sources, captions, message):
     (tmp_path / "a.json").write_text('{"data": [{"id": 1}]}')
     (tmp_path / "b.json").write_text("{")
+    (tmp_path / "c.json").write_text("[" * 10 ** 5)
     with pytest.raises(ValueError, match=message):
         find_clips([[tmp_path / source for source in sources]], cache, captions)
 

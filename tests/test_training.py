@@ -23,6 +23,7 @@ import train
 import weights
 from srcgaudio import NoiseSchedule, SRCgAudio
 from train import Muon, Plan, Settings, orthogonal, texture, whiten, whiten_patches
+from unet import UNet
 from vae import VAE
 from vocoder import Conv1d
 
@@ -309,7 +310,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(start, command, tmp_path, monke
 
 # A batch in parts, over processes, and with less memory
 
-# The VAE's last epochs have an eighth of the batch.  At full speed Adam and a GAN amplify rounding.
+# At full speed Adam and a GAN amplify rounding.
 SLOWER = {"vae": ["--batch", 16, "--epochs", 6, "--lr", 1e-5], "vocoder": ["--epochs", 3, "--lr", 1e-5], "ldm": []}
 
 
@@ -432,6 +433,12 @@ def test_gaudio_is_not_told_its_rate(start, command, tmp_path):
     assert SRCgAudio.load_unet(tmp_path / "run").rate_token is None
     status, _, err = command(*start("ldm", tmp_path / "other", "--no-rate-token"))
     assert status == 2 and "rate_token" in err
+    config = SRCgAudio.load_config(tmp_path / "run")                     # nor is Tango's network told the time
+    tango = UNet(**config.unet | {"tokens": []})
+    weights.save(tango.state_dict(), tmp_path / "run" / "unet.pt")
+    SRCgAudio.save_config(replace(config, unet=config.unet | {"tokens": []}), tmp_path / "run")
+    status, _, err = command(*start("ldm", tmp_path / "more", "--no-rate-token", "--start-from", tmp_path / "run"))
+    assert status == 0 and SRCgAudio.load_unet(tmp_path / "more").time_token is None, err
     assert [path.name for path in (tmp_path / "other").glob("vocoder_*.pt")] == ["vocoder_16000.pt"]
     arguments = [a for a in arguments if a != "--no-rate-token"]
     status, _, err = command(*arguments, "--rates", 16_000, 24_000, "--overwrite")
@@ -530,6 +537,21 @@ def test_a_decoder_of_other_latents_replaces_none(start, command, tmp_path, chec
     weights.save(vae | {"quant_conv.bias": vae["quant_conv.bias"] + 1}, folder / "vae.pt")
     status, _, err = command(*start("vae", folder, "--decoder-only", "--overwrite"))
     one_line(status, err, "unet.pt knows the latents", f"--start-from {folder}")
+
+
+def test_a_unet_is_not_copied_beside_a_vae_of_other_latents(start, command, tmp_path, checkpoint):
+    vae = dict(weights.read(checkpoint / "vae.pt"))
+    for folder, moved in (("same", 0), ("other", 1)):
+        SRCgAudio.save_config(SRCgAudio.load_config(checkpoint), tmp_path / folder)
+        weights.save(vae | {"quant_conv.bias": vae["quant_conv.bias"] + moved}, tmp_path / folder / "vae.pt")
+        status, _, err = command(*start("vocoder", tmp_path / folder, "--epochs", 1))
+        assert status == 0 and (tmp_path / folder / "unet.pt").exists() == (folder == "same"), err
+
+
+def test_a_vae_may_begin_with_silence():
+    vae = VAE(widths=(32, 32, 64), blocks=1, groups=8)
+    whiten_patches(vae, torch.full((2, 24, 64), -11.5))
+    assert all(parameter.isfinite().all() and parameter.abs().max() < 1e3 for parameter in vae.parameters())
 
 
 def test_a_vocoder_starts_from_no_weights_that_it_replaces(start, command, tmp_path, checkpoint):
