@@ -821,8 +821,7 @@ class Latents(Dataset):
         else:
             t, caption = int(self.times[i]), clip.caption
         text = self.texts[caption]
-        if isinstance(text, tuple):
-            text = read_array(self.arrays, text[:2]).view(-1, text[2])
+        text = torch.tensor(text) if isinstance(text, list) else read_array(self.arrays, text[:2]).view(-1, text[2])
         return z_0, noise[1], t, rate, text
 
     @staticmethod
@@ -886,11 +885,12 @@ class TrainLDM:
         # The frozen parts run once.  What they made is found again by what they made it from.
         scale_factor = vae.scale_factor.item()
         vae_digest, text_digest = latent_digest(vae), network_digest(self.text_encoder)
-        self.identity = {"the VAE": f"{vae_digest.hex()}, {scale_factor}",
-                         "the text encoder": "" if run.train_text_encoder else text_digest.hex()}
+        self.identity = {"the VAE": f"{vae_digest.hex()}, {scale_factor}", "the text encoder": text_digest.hex()}
         captions = sorted({clip.caption for clip in run.train + run.val} | {""})
-        if run.train_text_encoder:
-            texts = {caption: self.text_encoder.tokenize([caption])[0][0] for caption in captions}
+        if run.train_text_encoder:                       # its weights change, but what a token stands for must not
+            self.identity["the text encoder"] = digest(self.text_encoder.tokenizer.serialized_model_proto()).hex()
+            # Lists, since each tensor would be an open file on its way to a worker that is not forked.
+            texts = {caption: self.text_encoder.tokenize([caption])[0][0].tolist() for caption in captions}
         else:
             places = self.cached(captions, [digest("psi", text_digest, run.precision, caption) for caption in captions],
                                  lambda captions: captions, self.encode_caption, "captions")

@@ -191,6 +191,20 @@ def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, comman
     one_line(status, err, "--tokenizer-captions", str(tmp_path / "run"))
 
 
+def test_tokens_of_other_captions_are_not_gone_on_with(start, command, tmp_path, monkeypatch, checkpoint):
+    """A text encoder trained along has learnt what each token stands for."""
+    folder = shutil.copytree(checkpoint, tmp_path / "start")
+    (folder / "text_encoder.pt").unlink()
+    (tmp_path / "more.csv").write_text("path,caption\n" + "a.wav,zithers jingle\n" * 9)
+    arguments = start("ldm", tmp_path / "run", "--start-from", folder, "--train-text-encoder")
+    with monkeypatch.context() as stopping:
+        stopping.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
+        assert command(*arguments)[0] == 130
+    status, _, err = command(*arguments, "--tokenizer-captions", tmp_path / "more.csv")
+    one_line(status, err, "ldm_state.pt", "the text encoder")
+    assert command(*arguments)[0] == 0
+
+
 # Stopped and started again
 
 
