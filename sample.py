@@ -83,7 +83,7 @@ def slug(text: str) -> str:
 
 
 def plan(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """The (name, text) of all prompts, the names made unique; no file that they will become may be there yet."""
+    """The (name, text) of all prompts, the names made unique.  Raises ValueError if an output is there already."""
     prompts = [(slug(text), text) for text in args.prompts]
     if args.prompts_file:
         prompts += read_prompts(args.prompts_file)

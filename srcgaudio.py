@@ -6,7 +6,8 @@ mels (III-B), the text encoder psi (II-A), Eq. (1) to (4), and the pipeline of F
     training     wave -> mel_spectrogram -> VAE.encode -> z_0, and Eq. (3) on it
     generation   z_T ~ N(0, I) -> DDIM under Eq. (4) -> z_0 -> VAE.decode -> mel -> Generator of the rate -> wave
 
-Shapes: wave (B, L), mel (B, T, 64), latent z (B, 8, T/4, 16), text (B, N, d).
+Shapes: wave (B, L), mel (B, T, 64), latent z (B, 8, T/4, 16), text (B, N, d).  T is the number of a mel's frames in a
+shape, and in z_T and NoiseSchedule.T, as in the paper, that of diffusion steps.
 The hop is rate / 100, so a mel has 100 frames a second at *every* rate: 10.24 s are 1024 x 64, whatever the rate, and
 one VAE and one U-Net can serve all of them.  What differs is what the 64 bands mean: they span 0 to rate / 2.
 """
@@ -70,7 +71,7 @@ def mel_filters(rate: int, n_fft: int, n_mels: int) -> Tensor:
 
 
 @functools.lru_cache
-@torch.inference_mode(False)                             # what generate() leaves in the cache must serve training too
+@torch.inference_mode(False)                             # what validation leaves in the cache must serve training too
 def mel_constants(rate: int, device: torch.device) -> tuple[Tensor, Tensor]:
     config = RATES[rate]
     window = torch.hann_window(config.n_fft, device=device)
@@ -112,7 +113,7 @@ T5_NAMES = [
 
 
 class T5Attention(nn.Module):
-    """Self-attention with a position bias and, unlike elsewhere, no division by sqrt(d); (B, N, d) -> (B, N, d)."""
+    """Self-attention with a position bias and, unlike elsewhere, no division by sqrt(head_width), on (B, N, d)."""
 
     def __init__(self, width: int, heads: int, head_width: int):
         super().__init__()
@@ -157,7 +158,7 @@ class T5Block(nn.Module):
 def relative_position_buckets(n: int) -> Tensor:
     """Which of T5's 32 buckets the distance from token i to token j falls in, (n, n).
 
-    16 buckets for each direction: one for each distance up to 7, then wider and wider ones up to 127 and beyond.
+    16 buckets for each direction: one for each distance up to 7, then wider and wider ones, the last from 91 on.
     """
     distance = torch.arange(n)[None, :] - torch.arange(n)[:, None]                # j - i
     far = 8 + (torch.log(distance.abs().clamp(min=1) / 8) / math.log(128 / 8) * 8).long()
@@ -314,12 +315,13 @@ class NoiseSchedule:
 
     def __init__(self):
         self.beta = torch.linspace(self.BETA_1 ** 0.5, self.BETA_T ** 0.5, self.T, dtype=torch.float64) ** 2     # (T,)
+        # alpha_bar_t = (1 - beta_1) ... (1 - beta_t): how much of z_0's variance is left in z_t
         self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)                                                     # (T,)
 
     def add_noise(self, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Jump from z_0 to z_t at once.
 
-        z_0, eps: (B, 8, T/4, 16) clean latent and standard normal noise.  t: (B,) indices, 0 to T - 1.
+        z_0, eps: (B, 8, T/4, 16) clean latent and standard normal noise.  t: (B,) indices, 0 to 999.
         """
         alpha_bar = self.alpha_bar.to(z_0)[t].view(-1, 1, 1, 1)                          # (B, 1, 1, 1)
         # Eq. (1), step after step from z_0 to z_t: q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
@@ -332,12 +334,12 @@ class NoiseSchedule:
         return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * z_t
 
     def ddim_steps(self, steps: int) -> list[int]:
-        """The indices t that DDIM visits, from noise to data: evenly spaced, the last of them 1 (of T steps, the first
-        two are T - 1).
+        """The indices t that DDIM visits, from noise to data: evenly spaced, ending at 1 (with T steps, T - 1 comes
+        twice).
 
-        With few steps the first index lies well below T, at 801 with 5, though z_T is pure noise, more than z_801 has;
-        a single step starts at 1 and returns noise.  What is fine in a latent is made in the last steps: with 25, the
-        mels of the model in the box come out smoother than with 200.
+        With few steps the first index lies well below T, at 801 with 5, although z_T is pure noise and z_801 would
+        still hold some of z_0; a single step starts at 1 and returns noise.  Fine detail is made in the last steps:
+        with 25, the mels of the model in the box come out smoother than with 200.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"the number of steps must be from 1 to {self.T}, got {steps}")
@@ -356,7 +358,8 @@ class NoiseSchedule:
         for t, t_next in zip(tqdm(visited, "DDIM", disable=not progress, leave=False), visited[1:] + [0]):
             alpha_bar, alpha_bar_next = self.alpha_bar[t].item(), self.alpha_bar[t_next].item()
             eps = predict_noise(z_t, t)
-            # Eq. (1)'s closed form solved for z_0, then taken to the next, smaller t with the same noise
+            # Eq. (1)'s closed form solved for z_0, an estimate, then taken to the next, smaller t with the same noise:
+            # eta = 0 draws none, so z_T alone decides what comes out
             z_0 = (z_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar ** 0.5
             z_t = alpha_bar_next ** 0.5 * z_0 + (1 - alpha_bar_next) ** 0.5 * eps
         return z_t
@@ -364,7 +367,7 @@ class NoiseSchedule:
 
 def eps_theta(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: Tensor, rate: Tensor, text: Tensor,
               text_mask: Tensor) -> Tensor:
-    """eps_theta(z_t, t, c): the noise that the network sees in z_t (B, 8, T/4, 16), whatever it predicts.
+    """eps_theta(z_t, t, c): the noise that the network sees in z_t (B, 8, T/4, 16), whether it predicts eps or v.
 
     t (index), rate (Hz): (B,).  text (B, N, d), text_mask (B, N).
     """
@@ -422,6 +425,7 @@ class Config:
     guidance: float = 3.0                                # w of Eq. (4), the paper's, where no other is asked for
 
 
+# tiny and small attend at the two coarsest levels alone, to save time
 PRESETS = {
     "tiny": Config(                                      # tests and first steps: minutes on a CPU
         preset="tiny",
@@ -629,7 +633,7 @@ class SRCgAudio:
         bands = RATES[rate].n_mels // 4
         z_T = torch.stack([torch.randn((VAE.LATENT, length, bands), generator=torch.Generator().manual_seed(seed + i))
                            for i in range(len(prompts))]).to(self.device)         # (B, 8, T/4, 16)
-        # Autocast keeps its bfloat16 copies of weights until it ends: one for each part frees them in between.
+        # Autocast keeps its bfloat16 copies of weights until its block ends: a block for each part frees them between.
         with autocast(self.device, self.precision):
             text, mask = self.text_encoder.encode([*prompts, ""])                 # (B + 1, N, d), (B + 1, N)
         null, null_mask = text[-1:].expand(len(prompts), -1, -1), mask[-1:].expand(len(prompts), -1)

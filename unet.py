@@ -71,7 +71,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V with several heads: Q from x (B, M, C), K and V from context (B, N, d_c)."""
+    """softmax(Q K^T / sqrt(C / heads)) V with several heads: Q from x (B, M, C), K and V from context (B, N, d)."""
 
     def __init__(self, channels: int, heads: int, context_width: int):
         super().__init__()
@@ -209,8 +209,8 @@ class UNet(nn.Module):
     context_width: d, the width of the text embedding and of the condition's tokens.
     tokens: which scalars become tokens of c.  SRC-gAudio ("time", "rate"), gAudio ("time",), Tango ().
     blocks: residual blocks of an encoder block (a decoder block has one more).
-    groups: of channels in each norm, which takes away the mean of each.  With two channels a group, too little is left
-        to tell how far the latent's own means are off, and they drift while one samples: narrow networks take fewer.
+    groups: how many groups of channels each norm has.  It removes the mean of each: with only two channels in a group
+        the network hardly sees the latent's own means, and they drift during sampling; narrow networks need fewer.
     predicts: "eps"; or "v", as Tango's network does, which NoiseSchedule.eps_from_v makes eps_theta.
     """
 
@@ -278,8 +278,8 @@ class UNet(nn.Module):
         scalars = []
         if self.time_token is not None:
             scalars.append(self.time_token(sinusoid(t, self.context_width)))             # (B, d)
-        if self.rate_token is not None:
-            scalars.append(self.rate_token(sinusoid(rate / 1000, self.context_width)))   # (B, d), Sr in kHz
+        if self.rate_token is not None:                  # in Hz, the sinusoids would turn often between two rates
+            scalars.append(self.rate_token(sinusoid(rate / 1000, self.context_width)))   # (B, d)
         c = torch.cat([text] + [token[:, None].to(text.dtype) for token in scalars], dim=1)
         c_mask = F.pad(text_mask, (0, len(scalars)), value=True)
         return c, c_mask
@@ -289,7 +289,7 @@ class UNet(nn.Module):
         if z_t.shape[2] % self.multiple or z_t.shape[3] % self.multiple:
             raise ValueError(f"the U-Net takes latents whose sides are multiples of {self.multiple}, "
                              f"got {z_t.shape[2]} x {z_t.shape[3]}")
-        time = self.time_embedding(t)                                             # (B, d_t)
+        time = self.time_embedding(t)                                             # (B, d_t); t is in c as well
         h = self.conv_in(z_t.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for block in self.down_blocks:

@@ -107,8 +107,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double both sides, each pixel becoming a square of four, and convolve; (B, C, H, W) -> (B, C, 2H, 2W).
 
-    Both are linear: together they are one transposed convolution of stride 2, whose kernel is the convolution's summed
-    over the square.  That takes 4/9 of the arithmetic, and a tenth off the time of decoding.
+    Both are linear: together they are one transposed convolution of stride 2, whose 4 x 4 kernel is the 3 x 3 one
+    shifted to each pixel of the square, and summed.  That takes 4/9 of the arithmetic, and a tenth off the time of
+    decoding.
     """
 
     def __init__(self, channels: int):
@@ -194,7 +195,8 @@ class VAE(nn.Module):
 
     widths: channels from the mel's resolution down, multiples of 32; three of them, for the quarter length.
     blocks: residual blocks at each resolution of the encoder (the decoder has one more).
-    groups: of channels in each norm.  One of a single channel forgets how loud the clip is: narrow networks take fewer.
+    groups: how many groups of channels each norm has.  One of a single channel loses how loud the clip is; narrow
+        networks need fewer.
     """
 
     LATENT = 8
@@ -227,7 +229,7 @@ class VAE(nn.Module):
     def forward(self, mel: Tensor, eps: Tensor, leftover: float) -> tuple[Tensor, Tensor, Tensor]:
         """What training takes: mel (B, T, 64) and standard normal noise (B, 8, T/4, 16) -> decoded, mean, logvar.
 
-        leftover: what is added to the posterior's standard deviation; 0 is nothing.
+        leftover: added to the posterior's standard deviation, the noise that DDIM leaves; 0 but for --decoder-only.
         """
         mean, logvar = self.encode(mel)
         return self.decode(sample_posterior(mean, logvar, eps) + leftover * eps), mean, logvar
@@ -294,7 +296,7 @@ def sample_posterior(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
 
 
 def vae_loss(mel: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
-    """A VAE's loss, L1 + kl_weight * KL(q(z | mel) || N(0, I)), each a mean; train.py adds two terms on detail.
+    """A VAE's loss, L1 + kl_weight * KL(q(z | mel) || N(0, I)), each a mean; train.py adds detail and flicker.
 
     mel, decoded: (B, T, 64).  mean, logvar: (B, 8, T/4, 16).  Returns (total, L1).
     """

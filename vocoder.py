@@ -232,7 +232,7 @@ class MultiScaleDiscriminator(nn.Module):
 
 
 class Discriminators(nn.Module):
-    """Both; periods and scales are their widths."""
+    """Both kinds; periods, scales: the channels of the first layer of each."""
 
     def __init__(self, periods: int = 32, scales: int = 128):
         super().__init__()
