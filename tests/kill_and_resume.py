@@ -22,7 +22,8 @@ JOBS = ("vae", "vocoder", "ldm")
 def start(folder: Path, *jobs: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "train.py", *jobs, "--data", "tests/data/captions.csv", "--preset", "tiny", "--device", "cpu",
-         "--rates", "16000", "48000", "--epochs", "12", "--save-minutes", "0", "--workers", "1", "--checkpoint", folder],
+         "--rates", "16000", "48000", "--epochs", "12", "--save-minutes", "0", "--workers", "1",
+         "--checkpoint", folder],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
