@@ -629,6 +629,7 @@ def test_bad_pytorch_files(tmp_path, capsys):
             (b"", ""), (good[:-100], ""), (b"PK\3\4" + bytes(100), ""), (pickle.dumps({"a": Code()}), "it calls code"),
             (pickled({"a": Code()}), "it calls __builtin__.print"), (pickled({"a": Bomb()}), "bytearray"),
             (pickle.dumps({"a": Bomb()}, 2), "bytearray"), (compressed(good), "compressed"),
+            (pickled({"a": Bomb()}).replace(b"data.pkl", b"DATA.PKL"), "bytearray"),       # torch finds it all the same
             (b'{"a": 1}', ""), (header({"a": entry()}), "")]:
         path.write_bytes(content)
         with pytest.raises(ValueError) as caught:
