@@ -32,6 +32,7 @@ import weights
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
 BLOCK = 2 ** 22                                          # samples
+LARGEST_JSON = 2 ** 30                                   # bytes
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Ro
     Raises ValueError naming the file.
     """
     if source.suffix.lower() == ".json":                 # WavCaps
-        entries = weights.read_json(source, largest=2 ** 30).get("data")
+        entries = weights.read_json(source, largest=LARGEST_JSON).get("data")
         if not isinstance(entries, list) or not all(isinstance(entry, dict) and {"id", "caption"} <= set(entry)
                                                     for entry in entries):
             raise ValueError(f'{source}: not as WavCaps\'s files are, {{"data": [{{"id": ..., "caption": ...}}, ...]}}')
@@ -308,7 +309,7 @@ def find_audio(row: Row, files: dict[str, list[Path]]) -> Path:
 
 def read_blacklist(path: Path) -> set[str]:
     """The ids in one of WavCaps' blacklists, {"AudioSet": ["Y...wav", ...], "FreeSound": ["156", ...]}, as stems."""
-    lists = weights.read_json(path, largest=2 ** 30)
+    lists = weights.read_json(path, largest=LARGEST_JSON)
     if not all(isinstance(ids, list) for ids in lists.values()):
         raise ValueError(f"{path}: not as WavCaps' blacklists are, lists of ids under the names of their sources")
     return {stem(name) for ids in lists.values() for name in ids}

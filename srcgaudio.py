@@ -531,6 +531,8 @@ class SRCgAudio:
             raise ValueError(f"{path}: guidance must be from 0 to 100, got {config.guidance!r:.50}")
         if not all(isinstance(sizes, dict) for sizes in (config.vae, config.unet, config.vocoder)):
             raise ValueError(f"{path}: vae, unet and vocoder must each be an object with sizes")
+        if not isinstance(config.unet.get("tokens", []), list):
+            raise ValueError(f"{path}: the unet's tokens must be a list, got {config.unet['tokens']!r:.50}")
         if not isinstance(config.text_encoder, (dict, str)):
             raise ValueError(f"{path}: text_encoder must be an object with sizes, or the folder of a FLAN-T5")
         return config

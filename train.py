@@ -994,9 +994,9 @@ def latent_digest(vae: VAE) -> bytes:
     return network_digest(nn.ModuleList([vae.encoder, vae.quant_conv]))
 
 
-def same_latents(folder: Path, other: Path) -> bool:
-    """Whether the VAEs of two checkpoints make the same latents, so that a U-Net of one is at home in the other."""
-    return latent_digest(SRCgAudio.load_vae(folder)) == latent_digest(SRCgAudio.load_vae(other))
+def latents_differ(*folders: Path) -> bool:
+    """Whether the VAEs in these checkpoint folders make different latents, so that a U-Net is at home in one alone."""
+    return len({latent_digest(SRCgAudio.load_vae(path)) for path in folders if (path / "vae.pt").is_file()}) > 1
 
 
 def even_times(items: list[tuple[Clip, int]], rates: list[int]) -> Tensor:
@@ -1115,7 +1115,7 @@ def find_outputs(args: argparse.Namespace) -> dict[str, str]:
     new_vae = "vae" in outputs and (args.overwrite or not (folder / "vae.pt").exists())
     if new_vae and "ldm" not in outputs and (folder / "unet.pt").exists():
         # Where unet.pt lies without a vae.pt, such a run has copied it and was stopped before it wrote its own VAE.
-        if not args.decoder_only or (folder / "vae.pt").exists() and not same_latents(folder, args.start_from):
+        if not args.decoder_only or latents_differ(folder, args.start_from):
             raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE it was trained with alone; name "
                              f"another --checkpoint, train both anew (vae ldm), or keep the latents with "
                              f"--decoder-only --start-from {folder}")
@@ -1129,9 +1129,8 @@ def find_copies(args: argparse.Namespace, config: Config, outputs: dict[str, str
         raise ValueError(f"{args.start_from} holds the preset {preset!r}, {args.checkpoint} {config.preset!r}; start "
                          f"from another folder")
     not_copied = set(outputs.values())
-    both_have_one = all((folder / "vae.pt").is_file() for folder in (args.checkpoint, args.start_from))
-    if "vae" in args.jobs and not args.decoder_only \
-            or both_have_one and not same_latents(args.checkpoint, args.start_from):
+    new_latents = "vae" in args.jobs and not args.decoder_only
+    if new_latents or latents_differ(args.checkpoint, args.start_from):
         not_copied.add("unet.pt")                        # of no use in another VAE's latents
     if args.no_rate_token:                               # a gAudio makes sound at its own rate alone
         not_copied |= {f"vocoder_{rate}.pt" for rate in RATES if rate not in args.rates}
@@ -1227,7 +1226,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         SRCgAudio.save_config(config, folder)
         if args.overwrite:
             for job in outputs:
-                (folder / f"{job}_state.pt").write_bytes(b"")
+                (folder / f"{job}_state.pt").write_bytes(b"")          # so that it may replace weights in its turn
     return run
 
 
@@ -1250,7 +1249,7 @@ def report(run: Run, left_out: list[str]) -> None:
 
 def main() -> None:
     args = parse()
-    torchrun = "WORLD_SIZE" in os.environ                # has started this process, and others
+    torchrun = "WORLD_SIZE" in os.environ                # it started this process, and others
     if torchrun and torch.cuda.is_available() and args.device in ("auto", "cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(args.device)

@@ -278,7 +278,7 @@ class UNet(nn.Module):
         scalars = []
         if self.time_token is not None:
             scalars.append(self.time_token(sinusoid(t, self.context_width)))             # (B, d)
-        if self.rate_token is not None:                  # in Hz, the sinusoids would turn often between two rates
+        if self.rate_token is not None:                  # in kHz; in Hz the sinusoids turn many times between rates
             scalars.append(self.rate_token(sinusoid(rate / 1000, self.context_width)))   # (B, d)
         c = torch.cat([text] + [token[:, None].to(text.dtype) for token in scalars], dim=1)
         c_mask = F.pad(text_mask, (0, len(scalars)), value=True)

@@ -173,7 +173,7 @@ def read_safetensors(path: Path) -> Weights:
 
 
 def read_json(path: Path, largest: int = LARGEST_JSON) -> dict:
-    """A JSON object from a file.  Raises ValueError naming the file if it is missing, larger or no such."""
+    """A JSON object from a file.  Raises ValueError naming the file if it is missing, no such or too large."""
     try:
         if path.stat().st_size > largest:
             raise ValueError("too large")

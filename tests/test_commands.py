@@ -235,7 +235,8 @@ class Evil:
 CHANGES = {"config of another preset": {"preset": "huge"}, "config without sizes": {"vae": None},
            "config without an end": {"seconds": math.inf}, "config with a wild guidance": {"guidance": "strong"},
            "config with endless layers": {"text_encoder": {"layers": 10 ** 12}},
-           "config with endless widths": {"unet": {"widths": [32] * 2000}}, "config with a list": {"preset": ["tiny"]}}
+           "config with endless widths": {"unet": {"widths": [32] * 2000}}, "config with a list": {"preset": ["tiny"]},
+           "config with no tokens": {"unet": {"tokens": None}}}
 
 
 @pytest.mark.parametrize("harm, parts", [
@@ -245,6 +246,7 @@ CHANGES = {"config of another preset": {"preset": "huge"}, "config without sizes
     ("config without an end", ["config.json", "seconds"]), ("widths apart", ["config.json", "width is 64", "32"]),
     ("config with endless layers", ["config.json", "layers"]), ("config with a list", ["config.json", "tiny"]),
     ("config with endless widths", ["config.json", "widths are more than"]),
+    ("config with no tokens", ["config.json", "tokens must be a list"]),
     ("config with a wild guidance", ["config.json", "guidance"]),
     ("missing file", ["unet.pt", "no such"]), ("truncated file", ["unet.pt", "damaged"]),
     ("empty file", ["unet.pt", "damaged"]), ("hostile file", ["unet.pt", "damaged"]),
