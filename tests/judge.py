@@ -244,6 +244,10 @@ def main() -> None:
             z = model.vae.encode(mels)[0]
             return model.vae.decode(z + noise * torch.randn_like(z))
 
+    def vocode(mels: Tensor, rate: int) -> Tensor:
+        with autocast(device, model.precision):
+            return model.vocoders[rate](mels)
+
     train, val = (Recordings(rows[path], names, args.audio, model.config.seconds, device)
                   for path in (args.train, args.val))
     class_judge, rate_judge = Judge(len(names)), RateJudge(len(RATES))
@@ -263,18 +267,16 @@ def main() -> None:
           "noise | taken for their rate, real / with that noise | mel -> wave -> mel, L1 | with the VAE, L1 |\n"
           + "|---" * 7 + "|")
     for rate in args.rates:
-        mels, copied, after_vae = val.mels[rate], [], []
-        passed, noisy = (torch.cat([through_vae(mel, noise) for mel in mels.split(8)]) for noise in (0.0, leftover))
-        for mel, mel_passed in zip(mels.split(1), passed.split(1)):
-            for copy, heard in ((copied, mel), (after_vae, mel_passed)):
-                with autocast(device, model.precision):
-                    wave = model.vocoders[rate](heard)
-                copy.append(mel_loss(mel, mel_spectrogram(wave, rate)).item())
+        mels = val.mels[rate]
+        passed, noisy = (torch.cat([through_vae(part, noise) for part in mels.split(8)]) for noise in (0.0, leftover))
+        copies, copies_after_vae = (
+            torch.cat([vocode(part, rate) for part in heard.split(8)]) for heard in (mels, passed))
         right = (share_right(rate_judge, flicker(heard), torch.tensor(list(RATES).index(rate), device=device))
                  for heard in (mels, noisy))
         print(f"| {rate} | {mel_loss(mels, passed):.2f} | {mel_loss(mels, noisy):.2f} "
               f"| {movement(mels):.2f} / {movement(noisy):.2f} | {' / '.join(f'{share:.0%}' for share in right)} "
-              f"| {sum(copied) / len(copied):.2f} | {sum(after_vae) / len(after_vae):.2f} |", flush=True)
+              f"| {mel_loss(mels, mel_spectrogram(copies, rate)):.2f} "
+              f"| {mel_loss(mels, mel_spectrogram(copies_after_vae, rate)):.2f} |", flush=True)
 
     captions = {name: sorted({row["caption"] for row in rows[args.train] if row["class"] == name}) for name in names}
     labels = torch.arange(args.clips, device=device) % len(names)
@@ -315,11 +317,12 @@ def main() -> None:
         draw(at_all_rates, args.pictures / "rates.png")
 
     print("\n| class | right at " + ", ".join(map(str, args.rates))
-          + " | energy above 8 kHz at 48 kHz, generated / real / real ones of the training | above 12 kHz |\n"
+          + " | energy above 8 kHz at 48 kHz, generated / real / those through the vocoder / real ones of the training "
+          "| above 12 kHz |\n"
           + "|---" * 4 + "|")
     for i, name in enumerate(names):
         shares = [" / ".join(f"{share_above(sound[of == i], hz):.4f}" for sound, of in (
-                      (waves, labels), (val.waves, val.labels), (train.waves, train.labels)))
+                      (waves, labels), (val.waves, val.labels), (copies, val.labels), (train.waves, train.labels)))
                   for hz in (8_000, 12_000)] if args.rates[-1] == 48_000 else ["", ""]
         print(f"| {name} | {', '.join(f'{share:.0%}' for share in by_class[name])} | {shares[0]} | {shares[1]} |")
 
