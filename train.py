@@ -51,8 +51,8 @@ from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule,
                        pick_precision)
 from unet import ResBlock, Transformer, UNet
 from vae import VAE, sample_posterior, vae_loss
-from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Discriminators, Generator, discriminator_loss, generator_loss,
-                     mel_loss, stft_loss)
+from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Discriminators, Generator, convergence_loss, discriminator_loss,
+                     generator_loss, mel_loss, stft_loss)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How each preset is trained
@@ -727,7 +727,8 @@ class TrainVocoder:
         # longer window sees the lines.
         n_fft = RATES[self.rate].n_fft
         of_stft = (stft_loss(wave, generated, n_fft // 2) + stft_loss(wave, generated, 2 * n_fft)) / 2
-        return {"loss": of_mel + 4 * of_tones + of_stft / 2, "mel": of_mel}
+        of_loud = convergence_loss(mel, mel_generated)
+        return {"loss": of_mel + 4 * of_tones + of_stft / 2 + 4 * of_loud, "mel": of_mel}
 
     def judging_losses(self, wave: Tensor) -> dict[str, Tensor]:
         wave = wave.to(self.run.device)                                                      # (B, L)

@@ -286,6 +286,16 @@ def stft_loss(real: Tensor, generated: Tensor, n_fft: int) -> Tensor:
     return (log_real - log_generated).abs().mean()
 
 
+def convergence_loss(mel_real: Tensor, mel_generated: Tensor) -> Tensor:
+    """The error of each band of log-mels (B, T, 64), as magnitudes, relative to the band itself: spectral convergence
+    (Arik 2018), band by band.
+
+    To a logarithm, a click is a few frames among many, and too faint a one costs little.  Here the loud moments count.
+    """
+    real, generated = mel_real.exp(), mel_generated.exp()
+    return ((real - generated).norm(dim=1) / (real.norm(dim=1) + 1e-3)).mean()
+
+
 def generator_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]],
                    mel_real: Tensor, mel_generated: Tensor) -> Tensor:
     """HiFi-GAN, Eq. 5, with its weights 2 and 45."""

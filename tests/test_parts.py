@@ -9,7 +9,8 @@ import judge
 from srcgaudio import RATES
 from vae import VAE, Upsample, sample_posterior, vae_loss
 from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, MultiPeriodDiscriminator, MultiScaleDiscriminator,
-                     adversarial_loss, discriminator_loss, feature_matching_loss, generator_loss, stft_loss)
+                     adversarial_loss, convergence_loss, discriminator_loss, feature_matching_loss, generator_loss,
+                     mel_loss, stft_loss)
 
 
 def test_vae_shapes():
@@ -137,3 +138,18 @@ def test_a_longer_window_tells_a_buzz_from_noise():
     assert stft_loss(noise, 2 * noise, 512).item() == pytest.approx(math.log(2), abs=1e-3)
     buzz = noise[:, :160].repeat(1, 100)                                      # the same spectrum, one period a hop
     assert stft_loss(noise, buzz, 128) < 1 < 3 < stft_loss(noise, buzz, 4096)
+
+
+def test_a_click_counts_by_its_loudness():
+    """One loud frame of a hundred at half its size: hardly anything to a logarithm."""
+    mel = torch.full((1, 100, 64), math.log(1e-5))
+    faint = mel.clone()
+    mel[:, 50], faint[:, 50] = 0, math.log(0.5)
+    assert mel_loss(mel, faint).item() == pytest.approx(math.log(2) / 100, rel=1e-4)
+    assert convergence_loss(mel, faint).item() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_silence_made_of_silence_trains_nothing():
+    silence = torch.full((1, 100, 64), math.log(1e-5), requires_grad=True)
+    convergence_loss(silence.detach(), silence).backward()
+    assert silence.grad.abs().max() == 0
