@@ -32,7 +32,7 @@ import weights
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
 BLOCK = 2 ** 22                                          # samples
-LARGEST_JSON = 2 ** 30                                   # bytes
+LARGEST_CAPTIONS = 2 ** 30                               # bytes of a JSON file
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Ro
     Raises ValueError naming the file.
     """
     if source.suffix.lower() == ".json":                 # WavCaps
-        entries = weights.read_json(source, largest=LARGEST_JSON).get("data")
+        entries = weights.read_json(source, largest=LARGEST_CAPTIONS).get("data")
         if not isinstance(entries, list) or not all(isinstance(entry, dict) and {"id", "caption"} <= set(entry)
                                                     for entry in entries):
             raise ValueError(f'{source}: not as WavCaps\'s files are, {{"data": [{{"id": ..., "caption": ...}}, ...]}}')
@@ -309,7 +309,7 @@ def find_audio(row: Row, files: dict[str, list[Path]]) -> Path:
 
 def read_blacklist(path: Path) -> set[str]:
     """The ids in one of WavCaps' blacklists, {"AudioSet": ["Y...wav", ...], "FreeSound": ["156", ...]}, as stems."""
-    lists = weights.read_json(path, largest=LARGEST_JSON)
+    lists = weights.read_json(path, largest=LARGEST_CAPTIONS)
     if not all(isinstance(ids, list) for ids in lists.values()):
         raise ValueError(f"{path}: not as WavCaps' blacklists are, lists of ids under the names of their sources")
     return {stem(name) for ids in lists.values() for name in ids}
@@ -376,6 +376,8 @@ def inspect_all(paths: set[Path], cache: Cache, progress: bool) -> dict[Path, li
     def look(path: Path) -> list | str:
         try:
             return inspect(path)
+        except UnicodeError:                             # a name of bytes that are no UTF-8
+            return f"{ascii(str(path))}: soundfile can't open a file of this name; rename it"
         except (OSError, ValueError) as error:
             return str(error)
 

@@ -13,6 +13,7 @@ one VAE and one U-Net can serve all of them.  What differs is what the 64 bands 
 """
 import functools
 import math
+import operator
 import sys
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -617,6 +618,7 @@ class SRCgAudio:
         """
         seconds = self.config.seconds if seconds is None else seconds
         guidance = self.config.guidance if guidance is None else guidance
+        seed = operator.index(seed)                      # NumPy's integers too
         check_rate(rate)
         if not prompts or isinstance(prompts, str):
             raise ValueError(f"there is no prompt; prompts must be a list of texts, got {prompts!r:.50}")

@@ -115,7 +115,7 @@ class Run:
     start: Path | None                                   # the checkpoint whose weights are the start
     decoder_only: bool                                   # of the VAE
     train_text_encoder: bool
-    tokenizer_captions: list[str]                        # the tokenizer learns from these too
+    tokenizer: sentencepiece.SentencePieceProcessor | None             # of a new text encoder
     seed: int
     device: torch.device
     precision: torch.dtype
@@ -454,7 +454,10 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
                 say(f"{name} stopped after step {step}; the same command, without --overwrite, goes on from there")
                 barrier()                                # torchrun ends the others where one ends: let rank 0 save
                 raise KeyboardInterrupt
-    barrier()                                            # the next job reads what rank 0 has written
+        # Asked for while rank 0 validated; and the next job reads what it has written.
+        if mean_over_processes({"stop": asked.to(run.device)})["stop"] > 0:
+            say(f"{name} is trained; the same command goes on with what is left")
+            raise KeyboardInterrupt
 
 
 def open_log(path: Path, size: int):
@@ -878,10 +881,6 @@ class TrainLDM:
         if run.activation_checkpointing:                 # after the EMA's copy, which needs none
             checkpoint_activations(unet)
         self.distributed = distribute(self.network)
-        frames = 4 * unet.multiple                       # a latent has a quarter of a mel's
-        if round(config.seconds * FRAMES_PER_SECOND) % frames:
-            raise ValueError(f"{folder / 'config.json'}: seconds must be a multiple of {frames / FRAMES_PER_SECOND} "
-                             f"for this U-Net, got {config.seconds}")
 
         # The frozen parts run once.  What they made is found again by what they made it from.
         scale_factor = vae.scale_factor.item()
@@ -914,13 +913,12 @@ class TrainLDM:
         run, config = self.run, self.run.config
         if isinstance(config.text_encoder, str):
             return SRCgAudio.load_text_encoder(run.folder)
-        for folder in (run.start, run.folder):
-            if folder and (folder / "text_encoder.pt").is_file():
-                return SRCgAudio.load_text_encoder(folder)
+        path = find_text_encoder(run.start, run.folder)
+        if path:
+            return SRCgAudio.load_text_encoder(path.parent)
         encoder = TextEncoder(**config.text_encoder)
         encoder.initialize(torch.Generator().manual_seed(run.seed))
-        captions = {clip.caption for clip in run.train} | set(run.tokenizer_captions)
-        encoder.tokenizer = train_tokenizer(sorted(captions), config.text_encoder["vocabulary"])
+        encoder.tokenizer = run.tokenizer
         return encoder
 
     def cached(self, items: list, keys: list[bytes], load, compute, title: str) -> np.ndarray:
@@ -1024,7 +1022,7 @@ def parse() -> argparse.Namespace:
     add("--val-data", type=Path, nargs="+", action="append", metavar="PATH",
         help="the same for validation; without it a tenth of the recordings is held out")
     add("--blacklist", type=Path, nargs="+", default=[], metavar="FILE",
-        help="WavCaps' lists of test clips, to be left out")
+        help="WavCaps' lists of test clips, to be left out of --data")
     add("--checkpoint", required=True, type=Path, metavar="FOLDER", help="where the weights go")
     add("--preset", choices=list(PRESETS), help="sizes and settings (default: those of the checkpoint, else small)")
     add("--rates", type=int, nargs="+", default=list(RATES), metavar="HZ", help="sampling rates (default: all four)")
@@ -1084,10 +1082,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--plot draws with matplotlib, which is not installed: pip install matplotlib")
 
 
+def find_text_encoder(*folders: Path | None) -> Path | None:
+    """The small text encoder in the first of these folders that has one."""
+    return next((folder / "text_encoder.pt" for folder in folders if folder and (folder / "text_encoder.pt").is_file()),
+                None)
+
+
 def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[Clip], list[str]]:
     """The clips to train and to validate on, and a line for each that is left out."""
-    arguments = dict(cache=cache, captions="ldm" in args.jobs, blacklists=args.blacklist, progress=rank() == 0)
-    train, left_out = find_clips(args.data, **arguments)
+    arguments = dict(cache=cache, captions="ldm" in args.jobs, progress=rank() == 0)
+    train, left_out = find_clips(args.data, blacklists=args.blacklist, **arguments)
     if args.val_data:
         val, left_out_of_val = find_clips(args.val_data, split="test", **arguments)
         return train, val, left_out + left_out_of_val
@@ -1133,6 +1137,8 @@ def find_copies(args: argparse.Namespace, config: Config, outputs: dict[str, str
     new_latents = "vae" in args.jobs and not args.decoder_only
     if new_latents or latents_differ(args.checkpoint, args.start_from):
         not_copied.add("unet.pt")                        # of no use in another VAE's latents
+        if "ldm" in args.jobs and (args.start_from / "unet.pt").is_file():
+            say(f"{args.start_from / 'unet.pt'}, the start, has learnt in the latents of another VAE")
     if args.no_rate_token:                               # a gAudio makes sound at its own rate alone
         not_copied |= {f"vocoder_{rate}.pt" for rate in RATES if rate not in args.rates}
     not_copied |= {name.replace("vocoder", "discriminators") for name in not_copied}
@@ -1157,15 +1163,16 @@ def pick_config(args: argparse.Namespace) -> Config:
     if "ldm" in args.jobs and len(set(args.rates)) > 1 and "rate" not in config.unet.get("tokens", ["rate"]):
         raise ValueError(f"the U-Net of {source} is not told the rate, so it can learn one alone; name it with "
                          f"--rates, or start from one that has the token (weights.py import --add-tokens)")
+    if source:
+        check_sizes(args.jobs, config, source / "config.json")
     return config
 
 
 def check_ldm(args: argparse.Namespace, config: Config, copies: list[Path]) -> None:
     """Raises ValueError if there is no VAE for the LDM, or another text encoder than was asked for."""
     folder = args.checkpoint
-    places = (path / "text_encoder.pt" for path in (args.start_from, folder) if path)
     flan_t5 = config.text_encoder if isinstance(config.text_encoder, str) else None
-    encoder = flan_t5 or next((path for path in places if path.is_file()), None)
+    encoder = flan_t5 or find_text_encoder(args.start_from, folder)
     if flan_t5 and args.train_text_encoder:
         raise ValueError("--train-text-encoder trains the small text encoder; a FLAN-T5 stays as it is")
     if config.preset == "paper" and not encoder:
@@ -1177,6 +1184,40 @@ def check_ldm(args: argparse.Namespace, config: Config, copies: list[Path]) -> N
     copied = {path.name for path in copies}
     if "vae" not in args.jobs and "vae.pt" not in copied and not (folder / "vae.pt").is_file():
         raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
+
+
+def check_sizes(jobs: list[str], config: Config, source: Path) -> None:
+    """Raises ValueError if no networks of these sizes can be made, or if a clip is no whole latent for them."""
+    sizes = {"vae": (VAE, config.vae), "ldm": (UNet, config.unet),
+             "vocoder": (Generator, config.vocoder | {"strides": STRIDES[16_000]})}
+    frames = 4                                           # of a mel for one of the latent
+    for job in jobs:
+        cls, arguments = sizes[job]
+        try:
+            with torch.device("meta"):                   # shapes alone
+                network = cls(**arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{source}: these sizes do not fit {cls.__name__} ({weights.first_line(error)})") from None
+        if job == "ldm":
+            frames *= network.multiple
+    if jobs != ["vocoder"] and round(config.seconds * FRAMES_PER_SECOND) % frames:
+        raise ValueError(f"{source}: seconds must be a multiple of {frames / FRAMES_PER_SECOND} for these networks, "
+                         f"got {config.seconds}")
+
+
+def make_tokenizer(args: argparse.Namespace, config: Config,
+                   train: list[Clip]) -> sentencepiece.SentencePieceProcessor | None:
+    """The tokenizer of a new small text encoder, if this run makes one."""
+    if ("ldm" not in args.jobs or isinstance(config.text_encoder, str)
+            or find_text_encoder(args.start_from, args.checkpoint)):
+        return None
+    captions = {clip.caption for clip in train}
+    if args.tokenizer_captions:
+        if not args.tokenizer_captions.is_file():
+            raise ValueError(f"{args.tokenizer_captions}: no such caption file")
+        rows = read_rows(args.tokenizer_captions, args.tokenizer_captions.parent, captions=True, split="train")
+        captions |= {row.caption for row in rows}
+    return train_tokenizer(sorted(captions), config.text_encoder["vocabulary"])
 
 
 def pick_settings(args: argparse.Namespace, config: Config) -> dict[str, Settings]:
@@ -1202,15 +1243,9 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     settings = pick_settings(args, config)
     cache = Cache(args.cache or folder.parent / "cache")
     train, val, left_out = find_data(args, cache)
-    tokenizer_captions = []
-    if args.tokenizer_captions:
-        if not args.tokenizer_captions.is_file():
-            raise ValueError(f"{args.tokenizer_captions}: no such caption file")
-        rows = read_rows(args.tokenizer_captions, args.tokenizer_captions.parent, captions=True, split="train")
-        tokenizer_captions = [row.caption for row in rows]
     run = Run(folder=folder, config=config, settings=settings, train=train, val=val, rates=sorted(set(args.rates)),
               any_rate=args.any_rate, start=args.start_from, decoder_only=args.decoder_only,
-              train_text_encoder=args.train_text_encoder, tokenizer_captions=tokenizer_captions, seed=args.seed,
+              train_text_encoder=args.train_text_encoder, tokenizer=make_tokenizer(args, config, train), seed=args.seed,
               device=device, precision=pick_precision(device, args.precision), workers=args.workers, cache=cache,
               accumulate=args.accumulate, activation_checkpointing=args.activation_checkpointing,
               save_minutes=args.save_minutes, plot=args.plot)

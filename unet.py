@@ -32,7 +32,8 @@ DIFFUSERS_NAMES = [
 
 
 def sinusoid(x: Tensor, width: int) -> Tensor:
-    """The sinusoidal embedding of scalars, x (B,) -> (B, width): cosines, then sines, of periods 2 pi to 20,000 pi."""
+    """The sinusoidal embedding of scalars, x (B,) -> (B, width): cosines, then sines, of periods from 2 pi up to nearly
+    20,000 pi."""
     frequency = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=x.device) / (width // 2))
     angle = x.float()[:, None] * frequency                                        # (B, width / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=1)

@@ -1,6 +1,7 @@
 """Training that can be trusted: the order of the data, exact resume, several processes, the cache, the paper's
 regimes."""
 import csv
+import json
 import os
 import re
 import resource
@@ -279,6 +280,19 @@ def test_a_damaged_state_is_named(start, command, tmp_path, harm):
     one_line(status, err, "vae_state.pt", "damaged", "--overwrite")
 
 
+def test_ctrl_c_while_a_job_is_last_validated_ends_the_run(start, command, tmp_path, monkeypatch):
+    jobs = start("vae", tmp_path / "run")
+    jobs.insert(2, "ldm")
+    validate = train.TrainVAE.validate
+    with monkeypatch.context() as stopping:
+        stopping.setattr("train.TrainVAE.validate", lambda job: signal.raise_signal(signal.SIGINT) or validate(job))
+        status, out, err = command(*jobs, "--epochs", 1)
+    assert status == 130 and "vae is trained; the same command goes on" in out + err
+    assert not (tmp_path / "run" / "ldm_state.pt").exists()
+    status, out, err = command(*jobs, "--epochs", 1)
+    assert status == 0 and "vae is trained already" in out + err and (tmp_path / "run" / "unet.pt").exists()
+
+
 def test_a_full_disk_keeps_the_last_state(start, command, tmp_path, monkeypatch):
     monkeypatch.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
     status, out, err = command(*start("vae", tmp_path / "run"))
@@ -468,13 +482,35 @@ def test_a_flan_t5_is_not_trained(start, command, tmp_path, checkpoint):
     assert not (tmp_path / "run").exists()
 
 
-def test_clips_must_be_as_long_as_the_unet_can_take(start, command, tmp_path, checkpoint):
+@pytest.mark.parametrize("job, changes, words", [
+    ("vae", {"seconds": 2.5}, ["seconds must be a multiple of 0.04"]),
+    ("ldm", {"seconds": 2.4}, ["seconds must be a multiple of 0.32"]),
+    ("vae", {"vae": {"widths": [32, 64]}}, ["do not fit VAE"]),
+    ("ldm", {"unet": {"widths": [32, 64], "height": 3}}, ["do not fit UNet", "height"]),
+])
+def test_sizes_that_can_not_be_are_named_before_anything_is_trained(start, command, tmp_path, checkpoint, job, changes,
+                                                                    words):
     shutil.copytree(checkpoint, tmp_path / "odd")
-    config = replace(SRCgAudio.load_config(checkpoint), seconds=2.5)
-    SRCgAudio.save_config(config, tmp_path / "odd")
-    arguments = [tmp_path / "odd" if a == checkpoint else a for a in start("ldm", tmp_path / "run")]
+    SRCgAudio.save_config(replace(SRCgAudio.load_config(checkpoint), **changes), tmp_path / "odd")
+    arguments = [tmp_path / "odd" if a == checkpoint else a for a in start("vae", tmp_path / "run")]
+    if job == "ldm":
+        arguments.insert(2, "ldm")
     status, _, err = command(*arguments)
-    assert status == 2 and "seconds must be a multiple of 0.32" in err
+    one_line(status, err, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_test_clips_are_left_out_of_the_training_alone(start, command, tmp_path):
+    """WavCaps' blacklists hold AudioCaps' validation clips too."""
+    for name in ("train", "val"):
+        entries = [{"id": path.name, "caption": "a sound"} for path in sorted((HERE / "data").glob("*_4-*.ogg"))]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"data": entries}))
+    blacklist = tmp_path / "blacklist.json"
+    blacklist.write_text(json.dumps({"AudioSet": [entry["id"] for entry in entries[1:]]}))
+    status, out, err = command(*start("vae", tmp_path / "run", "--data", tmp_path / "train.json", HERE / "data",
+                                      "--val-data", tmp_path / "val.json", HERE / "data", "--blacklist", blacklist))
+    assert status == 0 and f"validate on: {len(entries)} clips" in out + err, err
+    assert f"left out: {len(entries) - 1}; {len(entries) - 1} on a blacklist" in out + err
 
 
 def test_a_start_without_a_unet_gives_the_rest(start, command, tmp_path, checkpoint):
@@ -530,7 +566,8 @@ def test_more_characters_than_tokens_are_named(start, command, tmp_path, checkpo
     arguments = [{path: tmp_path / "many.csv", checkpoint: tmp_path / "base"}.get(a, a)
                  for a in start("ldm", tmp_path / "run")]
     status, _, err = command(*arguments)
-    assert status == 2 and "128 tokens" in err and "--flan-t5" in err
+    one_line(status, err, "128 tokens", "--flan-t5")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_decoder_trained_alone_leaves_the_latents(start, command, tmp_path, checkpoint):
@@ -560,6 +597,8 @@ def test_a_unet_is_not_copied_beside_a_vae_of_other_latents(start, command, tmp_
         weights.save(vae | {"quant_conv.bias": vae["quant_conv.bias"] + moved}, tmp_path / folder / "vae.pt")
         status, _, err = command(*start("vocoder", tmp_path / folder, "--epochs", 1))
         assert status == 0 and (tmp_path / folder / "unet.pt").exists() == (folder == "same"), err
+    status, out, err = command(*start("ldm", tmp_path / "other", "--epochs", 1))             # but it may be the start
+    assert status == 0 and "unet.pt, the start, has learnt in the latents of another VAE" in out + err
 
 
 def test_a_vae_may_begin_with_silence():
