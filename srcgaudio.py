@@ -606,7 +606,7 @@ class SRCgAudio:
         self.device, self.precision = device, pick_precision(device, precision)
         return self
 
-    @torch.inference_mode()
+    @torch.no_grad()                                     # in inference mode autocast would cast weights at each step
     def generate(self, prompts: list[str], rate: int, seconds: float | None = None, steps: int = 200,
                  guidance: float | None = None, seed: int = 0, progress: bool = False) -> Tensor:
         """Texts -> waves (B, round(seconds * rate)) in [-1, 1].

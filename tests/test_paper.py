@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import error, golden, untrained
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from srcgaudio import (PRESETS, RATES, NoiseSchedule, SRCgAudio, diffusion_loss, guided_noise, mel_constants,
                        mel_spectrogram, relative_position_buckets)
@@ -325,6 +327,23 @@ def test_bfloat16_is_close_to_float32(model):
                     for precision in ("fp32", "bf16"))
     model.to(torch.device("cpu"))
     assert rough.dtype == torch.float32 and 0 < error(rough, exact) < 0.1
+
+
+def test_bfloat16_casts_each_weight_once_whatever_the_steps(model):
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter)
+            return func(*args, **kwargs or {})
+
+    model.to(torch.device("cpu"), "bf16")
+    counts = []
+    for steps in (1, 3):
+        with Casts() as casts:
+            casts.count = 0
+            model.generate(["a dog"], 16_000, 0.5, steps=steps)
+        counts.append(casts.count)
+    model.to(torch.device("cpu"))
+    assert counts[0] == counts[1] > 100
 
 
 def test_every_rate_starts_from_the_same_noise(model, monkeypatch):
