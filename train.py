@@ -68,6 +68,7 @@ class Settings:
     spectral_share: float = 0.0                          # the first epochs do without the discriminators
     muon: bool = False                                   # instead of AdamW, for the VAE and the LDM
     balanced: bool = False                               # every t counts alike in the LDM's loss (`blind_loss`)
+    turned: bool = False                                 # the LDM's clips begin anywhere and go on from their start
     validate_every: int = 1                              # epochs
 
 
@@ -81,7 +82,7 @@ SETTINGS = {
         "vae": Settings(epochs=9, batch=8, lr=2e-3, frames=48, muon=True, validate_every=8),
         "vocoder": Settings(epochs=40, batch=2, lr=1e-3, frames=32, discriminators=(2, 8), spectral_share=1.0,
                             validate_every=10),
-        "ldm": Settings(epochs=18, batch=16, lr=1e-3, muon=True, balanced=True),
+        "ldm": Settings(epochs=18, batch=16, lr=1e-3, muon=True, balanced=True, turned=True),
     },
     # Epochs: III-B.  LDM: learning rate and linear decay of Tango's published training command.  Vocoder: batch and
     # rate of HiFi-GAN V1, whose crops of 8192 samples at 22 kHz are 0.37 s long.  The rest is our choice.
@@ -802,13 +803,14 @@ class Latents(Dataset):
     """What Eq. (3) takes of each item: z_0 (8, T/4, 16), eps, t, rate, and psi (N, d) of its caption, or the caption's
     token ids (N,) where the text encoder is trained along.
 
-    All that is random comes from (seed, epoch, item).  times: of the items, fixed, for validation, where no caption is
-    emptied.
+    All that is random comes from (seed, epoch, item).  turned: z_0 is turned in time, by a random part of its length;
+    else a few hundred recordings are soon known by heart.  times: of the items, fixed, for validation, where no caption
+    is emptied.
     """
 
     def __init__(self, run: Run, items: list[tuple[Clip, int]], places: np.ndarray, texts: dict, scale_factor: float,
-                 times: Tensor | None = None):
-        self.seed, self.arrays, self.T = run.seed, run.cache.arrays, NoiseSchedule.T
+                 turned: bool = False, times: Tensor | None = None):
+        self.seed, self.arrays, self.T, self.turned = run.seed, run.cache.arrays, NoiseSchedule.T, turned
         self.items, self.places, self.texts, self.scale_factor, self.times = items, places, texts, scale_factor, times
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int, int, Tensor]:
@@ -818,7 +820,9 @@ class Latents(Dataset):
         shape = (VAE.LATENT, -1, RATES[rate].n_mels // 4)
         mean, logvar = (part.view(shape) for part in read_array(self.arrays, self.places[i]).chunk(2))
         noise = torch.from_numpy(random.standard_normal((2, *mean.shape), np.float32))
-        z_0 = self.scale_factor * sample_posterior(mean, logvar, noise[0])
+        z_0 = self.scale_factor * sample_posterior(mean, logvar, noise[0])        # (8, T/4, 16)
+        if self.turned:
+            z_0 = z_0.roll(int(random.integers(z_0.shape[1])), dims=1)
         if self.times is None:
             t = int(random.integers(self.T))                                      # t ~ Uniform(1, T), counted from 0
             caption = "" if random.random() < NULL_CAPTIONS else clip.caption
@@ -904,8 +908,8 @@ class TrainLDM:
         places = self.cached(train + val, keys,
                              lambda items: run.data_loader(WholeClips(items, config.seconds), batch_size=None),
                              partial(self.encode_mel, vae), "latents")
-        self.data = Latents(run, train, places[:len(train)], texts, scale_factor)
-        self.val_data = Latents(run, val, places[len(train):], texts, scale_factor, even_times(val, run.rates))
+        self.data = Latents(run, train, places[:len(train)], texts, scale_factor, turned=settings.turned)
+        self.val_data = Latents(run, val, places[len(train):], texts, scale_factor, times=even_times(val, run.rates))
 
     def make_text_encoder(self) -> TextEncoder:
         """A FLAN-T5; or the encoder of the checkpoint to start from, or of this one; or a new small one with its own

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,6 +168,21 @@ class BlindGuess(torch.nn.Module):
     def forward(self, z_t, t, *_):
         guess = gaussian_noise(NoiseSchedule(), 0.0, train.LATENT_STD)
         return torch.stack([guess(z, index) for z, index in zip(z_t, t.tolist())])
+
+
+def test_a_turned_latent_is_the_same_sound_begun_elsewhere(cache, clips):
+    mean = torch.arange(8 * 12 * 16).view(8, 12, 16) / 1000
+    cache.add({b"latent": torch.stack([mean, torch.full_like(mean, -30)]).numpy()})          # with next to no variance
+
+    def latents(turned: bool) -> list[torch.Tensor]:
+        run, texts = SimpleNamespace(seed=0, cache=cache), {"": [0], clips[0].caption: [1]}
+        data = train.Latents(run, [(clips[0], 16_000)], [cache.find(b"latent")], texts, 1.0, turned)
+        return [data[epoch, 0][0] for epoch in range(50)]
+
+    assert all(torch.allclose(z_0, mean, atol=1e-3) for z_0 in latents(turned=False))
+    begins = [next(i for i in range(12) if torch.allclose(z_0, mean.roll(i, dims=1), atol=1e-3))
+              for z_0 in latents(turned=True)]
+    assert set(begins) == set(range(12))
 
 
 def test_a_balanced_loss_is_one_at_every_t_for_a_blind_guess():
