@@ -33,14 +33,14 @@ def error(computed: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def untrained(seed: int = 0) -> SRCgAudio:
-    """A tiny SRC-gAudio with random weights and vocoders for all rates."""
+    """A tiny SRC-gAudio with random weights and vocoders for all rates, which computes in float32 on any machine."""
     torch.manual_seed(seed)
     config = PRESETS["tiny"]
     encoder = TextEncoder(**config.text_encoder)
     encoder.initialize(torch.Generator().manual_seed(seed))
     encoder.tokenizer = train.train_tokenizer(["a dog barks", "rain falls on a roof", "the sea"], 128)
     vocoders = {rate: Generator(STRIDES[rate], **config.vocoder) for rate in RATES}
-    return SRCgAudio(config, encoder, VAE(**config.vae), UNet(**config.unet), vocoders)
+    return SRCgAudio(config, encoder, VAE(**config.vae), UNet(**config.unet), vocoders).to("cpu", "fp32")
 
 
 @pytest.fixture
