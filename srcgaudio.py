@@ -649,7 +649,8 @@ class SRCgAudio:
             z_0 = self.schedule.ddim(predict_noise, z_T, steps, progress)
         with autocast(self.device, self.precision):
             mel = self.vae.decode(z_0 / self.vae.scale_factor)                    # (B, T, 64)
-            wave = self.vocoders[rate](mel)                                       # (B, T * hop)
+        # In float32: what bfloat16 rounds is noise 17 to 20 dB below the sound of a small vocoder, and above its highs.
+        wave = self.vocoders[rate](mel)                                           # (B, T * hop)
         return wave[:, :round(seconds * rate)]
 
 

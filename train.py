@@ -757,8 +757,7 @@ class TrainVocoder:
         losses = []
         for clip, rate in tqdm(self.val_items, "validating", leave=False):
             mel = mel_spectrogram(clip.read(rate, 0, self.run.config.seconds)[None], rate).to(self.run.device)
-            with autocast(self.run.device, self.run.precision):
-                generated = self.ema.network(mel)
+            generated = self.ema.network(mel)            # in float32, as SRCgAudio.generate does
             losses.append(mel_loss(mel, mel_spectrogram(generated, rate)).item())
         return {"loss": sum(losses) / len(losses)}
 

@@ -192,8 +192,8 @@ def generate(model: SRCgAudio, prompts: list[str], rate: int, args: argparse.Nam
         mel = model.generate(prompts[first:first + args.batch], rate, steps=args.steps, guidance=args.guidance,
                              seed=args.seed + first)
         model.vocoders[rate] = vocoder
-        with torch.inference_mode(), autocast(model.device, model.precision):
-            waves.append(vocoder(mel))
+        with torch.inference_mode():
+            waves.append(vocoder(mel))                   # in float32, as `generate` does
         mels.append(mel)
     return torch.cat(mels), torch.cat(waves)
 
@@ -245,8 +245,7 @@ def main() -> None:
             return model.vae.decode(z + noise * torch.randn_like(z))
 
     def vocode(mels: Tensor, rate: int) -> Tensor:
-        with autocast(device, model.precision):
-            return model.vocoders[rate](mels)
+        return model.vocoders[rate](mels)
 
     train, val = (Recordings(rows[path], names, args.audio, model.config.seconds, device)
                   for path in (args.train, args.val))
