@@ -192,8 +192,7 @@ def generate(model: SRCgAudio, prompts: list[str], rate: int, args: argparse.Nam
         mel = model.generate(prompts[first:first + args.batch], rate, steps=args.steps, guidance=args.guidance,
                              seed=args.seed + first)
         model.vocoders[rate] = vocoder
-        with torch.inference_mode():
-            waves.append(vocoder(mel))                   # in float32, as `generate` does
+        waves.append(vocoder(mel))                       # in float32, as SRCgAudio.generate does
         mels.append(mel)
     return torch.cat(mels), torch.cat(waves)
 
@@ -244,9 +243,6 @@ def main() -> None:
             z = model.vae.encode(mels)[0]
             return model.vae.decode(z + noise * torch.randn_like(z))
 
-    def vocode(mels: Tensor, rate: int) -> Tensor:
-        return model.vocoders[rate](mels)
-
     train, val = (Recordings(rows[path], names, args.audio, model.config.seconds, device)
                   for path in (args.train, args.val))
     class_judge, rate_judge = Judge(len(names)), RateJudge(len(RATES))
@@ -269,7 +265,7 @@ def main() -> None:
         mels = val.mels[rate]
         passed, noisy = (torch.cat([through_vae(part, noise) for part in mels.split(8)]) for noise in (0.0, leftover))
         copies, copies_after_vae = (
-            torch.cat([vocode(part, rate) for part in heard.split(8)]) for heard in (mels, passed))
+            torch.cat([model.vocoders[rate](part) for part in heard.split(8)]) for heard in (mels, passed))
         right = (share_right(rate_judge, flicker(heard), torch.tensor(list(RATES).index(rate), device=device))
                  for heard in (mels, noisy))
         print(f"| {rate} | {mel_loss(mels, passed):.2f} | {mel_loss(mels, noisy):.2f} "

@@ -346,6 +346,15 @@ def test_bfloat16_casts_each_weight_once_whatever_the_steps(model):
     assert counts[0] == counts[1] > 100
 
 
+def test_bfloat16_does_not_reach_the_vocoder(model):
+    computed = []
+    hook = model.vocoders[16_000].conv_pre.register_forward_hook(lambda _module, _mel, h: computed.append(h.dtype))
+    model.to("cpu", "bf16").generate(["a dog"], 16_000, 0.5, steps=1)
+    model.to("cpu", "fp32")
+    hook.remove()
+    assert computed == [torch.float32]
+
+
 def test_every_rate_starts_from_the_same_noise(model, monkeypatch):
     started = []
     ddim = model.schedule.ddim
