@@ -98,7 +98,7 @@ def read_blocks(path: str | Path, first: int = 0, samples: int = -1) -> Iterator
         reason = "it is empty" if path.stat().st_size == 0 else str(error).split(": ")[-1].strip().rstrip(".")
         raise ValueError(f"{path}: not readable audio, or truncated ({reason})") from None
     if truncated:
-        raise ValueError(f"{path}: truncated; the file ends before its audio does: copy it anew, or leave it out")
+        raise ValueError(f"{path}: truncated; copy it anew, or leave it out")
     if whole and length == 0:
         raise ValueError(f"{path}: holds no samples")
 
@@ -256,7 +256,9 @@ def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Ro
         if not isinstance(entries, list) or not all(isinstance(entry, dict) and {"id", "caption"} <= set(entry)
                                                     for entry in entries):
             raise ValueError(f'{source}: not as WavCaps\'s files are, {{"data": [{{"id": ..., "caption": ...}}, ...]}}')
-        return [Row([stem(entry["id"])], str(entry["caption"] or ""), stem(entry["id"])) for entry in entries]
+        texts = [entry["caption"] if isinstance(entry["caption"], str) else "" for entry in entries]
+        texts = [text.encode(errors="replace").decode() for text in texts]        # JSON can hold halves of characters
+        return [Row([stem(entry["id"])], text, stem(entry["id"])) for entry, text in zip(entries, texts)]
     try:
         with open(source, newline="", encoding="utf-8-sig") as file:
             lines = [line for line in csv.reader(file, strict=True) if line]
@@ -396,6 +398,8 @@ def inspect(path: Path) -> list:
     """Rate, samples, mean and peak of a file.  Raises ValueError naming it if it can't be used."""
     samples, total, low, high = 0, 0.0, math.inf, -math.inf
     for wave, rate in read_blocks(path):
+        if not 1_000 <= rate <= 1_000_000:               # no recording's, and resampling would fill the memory
+            raise ValueError(f"{path}: a sampling rate of {rate} Hz can't be right")
         samples += len(wave)
         total += wave.sum(dtype=torch.float64).item()
         low, high = min(low, wave.min().item()), max(high, wave.max().item())

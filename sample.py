@@ -78,15 +78,15 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
 
 
 def slug(text: str) -> str:
-    """A file name for a prompt."""
-    return re.sub(r"\W+", "_", text.lower()).strip("_")[:60] or "prompt"
+    """A file name for a prompt, of 60 bytes at most."""
+    return re.sub(r"\W+", "_", text.lower()).strip("_").encode(errors="ignore")[:60].decode(errors="ignore") or "prompt"
 
 
 def plan(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The (name, text) of all prompts, the names made unique.  Raises ValueError if an output is there already."""
-    prompts = [(slug(text), text) for text in args.prompts]
-    if args.prompts_file:
-        prompts += read_prompts(args.prompts_file)
+    if args.prompts and args.prompts_file:
+        raise ValueError("texts and --prompts-file at once; name the one or the other")
+    prompts = read_prompts(args.prompts_file) if args.prompts_file else [(slug(text), text) for text in args.prompts]
     if not prompts:
         raise ValueError('there is no prompt; say what to hear, such as: python sample.py "a dog barks"')
     if args.out.exists() and not args.out.is_dir():

@@ -129,6 +129,8 @@ def bad_audio(folder, kind):
         write(path, np.where(np.arange(16_000) == 500, np.nan, noise))
     elif kind == "text":
         path.write_text("this is not audio")
+    elif kind == "wild rate":
+        soundfile.write(path, noise, 9_999_991)
     elif kind.startswith("truncated"):
         soundfile.write(path, noise, 16_000)
         path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
@@ -136,8 +138,8 @@ def bad_audio(folder, kind):
 
 
 BAD_AUDIO = {"missing": "no such audio file", "empty": "it is empty", "no samples": "holds no samples",
-             "silent": "silent", "NaN": "NaN", "text": "not readable audio", "truncated wav": "truncated",
-             "truncated flac": "truncated", "truncated ogg": "truncated"}
+             "silent": "silent", "NaN": "NaN", "text": "not readable audio", "wild rate": "9999991 Hz",
+             "truncated wav": "truncated", "truncated flac": "truncated", "truncated ogg": "truncated"}
 
 
 @pytest.mark.parametrize("kind, message", BAD_AUDIO.items())
@@ -238,6 +240,16 @@ def test_published_formats(tmp_path, cache, kind):
         clips, left_out = find_clips(sources, cache)
         assert {clip.caption for clip in clips} == captions and len({clip.path for clip in clips}) == 3
         assert len(left_out) == 1 and left_out[0].endswith("no such audio file")
+
+
+def test_a_caption_in_json_that_is_no_text(tmp_path, cache):
+    for name in "abc":
+        write(tmp_path / f"{name}.wav", np.linspace(-0.1, 0.1, 8_000))
+    captions = {"a": "a \ud800 dog", "b": {"not": "text"}, "c": None}                   # JSON can hold half a character
+    (tmp_path / "x.json").write_text(json.dumps({"data": [{"id": i, "caption": text} for i, text in captions.items()]}))
+    clips, left_out = find_clips([[tmp_path / "x.json"]], cache)
+    assert [clip.caption for clip in clips] == ["a ? dog"]
+    assert len(left_out) == 2 and all("has no caption in x.json" in line for line in left_out)
 
 
 def test_vggsounds_test_split(tmp_path, cache):
