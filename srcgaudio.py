@@ -1,13 +1,13 @@
 """SRC-gAudio: one latent diffusion model that turns a text into sound at 16, 24, 32 or 48 kHz.
 
 Li, Xu, Yu: "SRC-gAudio: Sampling-Rate-Controlled Audio Generation".  This file is the paper: the rates and their
-mels (III-B), the text encoder psi (II-A), Eq. (1) to (4), and the pipeline of Fig. 1:
+mels (III-B), Eq. (1) to (4), the text encoder psi (II-A), and the pipeline of Fig. 1:
 
     training     wave -> mel_spectrogram -> VAE.encode -> z_0, and Eq. (3) on it
     generation   z_T ~ N(0, I) -> DDIM under Eq. (4) -> z_0 -> VAE.decode -> mel -> Generator of the rate -> wave
 
-Shapes: wave (B, L), mel (B, T, 64), latent z (B, 8, T/4, 16), text (B, N, d).  T is the number of a mel's frames in a
-shape, and in z_T and NoiseSchedule.T, as in the paper, that of diffusion steps.
+Shapes: wave (B, L), mel (B, T, 64), latent z (B, 8, T/4, 16), text (B, N, d).  T has two meanings: in shapes, the
+number of a mel's frames; in z_T and NoiseSchedule.T, as in the paper, the number of diffusion steps.
 The hop is rate / 100, so a mel has 100 frames a second at *every* rate: 10.24 s are 1024 x 64, whatever the rate, and
 one VAE and one U-Net can serve all of them.  What differs is what the 64 bands mean: they span 0 to rate / 2.
 """
@@ -95,6 +95,118 @@ def mel_spectrogram(wave: Tensor, rate: int) -> Tensor:
                           return_complex=True).abs()                              # (B, n_fft / 2 + 1, frames + 1)
     mel = spectrum.transpose(1, 2) @ filters                                      # (B, frames + 1, 64)
     return mel[:, :wave.shape[1] // config.hop].clamp(min=1e-5).log()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion: Eq. (1) to (4)
+
+
+class NoiseSchedule:
+    """The variances beta_t of Eq. (1), what follows from them, and the reverse process, Eq. (2), as DDIM.
+
+    Stable Diffusion's schedule: T = 1000, sqrt(beta) linear.  The paper's t runs from 1 to T; here, as in every
+    published implementation, indices run from 0 to T - 1.
+    """
+
+    T, BETA_1, BETA_T = 1000, 0.00085, 0.012
+
+    def __init__(self):
+        self.beta = torch.linspace(self.BETA_1 ** 0.5, self.BETA_T ** 0.5, self.T, dtype=torch.float64) ** 2     # (T,)
+        # alpha_bar_t = (1 - beta_1) ... (1 - beta_t): how much of z_0's variance is left in z_t.  alpha_bar[0] is the
+        # paper's alpha_bar_1.
+        self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)                                                     # (T,)
+
+    def add_noise(self, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Jump from z_0 to z_t at once.
+
+        z_0, eps: (B, 8, T/4, 16) clean latent and standard normal noise.  t: (B,) indices, 0 to 999.
+        """
+        alpha_bar = self.alpha_bar.to(z_0)[t].view(-1, 1, 1, 1)                          # (B, 1, 1, 1)
+        # Eq. (1), step after step from z_0 to z_t: q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
+        return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps
+
+    def eps_from_v(self, v: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """The noise in z_t (B, 8, T/4, 16) from v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0, which some
+        networks predict (Salimans, Ho 2022).  t: (B,) indices."""
+        alpha_bar = self.alpha_bar.to(z_t)[t].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * z_t
+
+    def ddim_steps(self, steps: int) -> list[int]:
+        """The indices t that DDIM visits, from noise to data: evenly spaced, ending at 1 (with T steps, T - 1 comes
+        twice).
+
+        With few steps the first index lies well below T, at 801 with 5, although z_T is pure noise and z_801 would
+        still hold some of z_0; a single step starts at 1 and returns noise.  Fine detail is made in the last steps:
+        with 25, the mels of the model in the box come out smoother than with 200.
+        """
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"the number of steps must be from 1 to {self.T}, got {steps}")
+        return [min(i * self.T // steps + 1, self.T - 1) for i in reversed(range(steps))]
+
+    def ddim(self, predict_noise, z_T: Tensor, steps: int, progress: bool = False) -> Tensor:
+        """Eq. (2), the reverse process, by DDIM with eta = 0 (Song, Meng, Ermon 2021).
+
+        predict_noise: (z_t (B, ...), t: int) -> the noise in z_t, the same shape.  z_T: (B, ...) standard normal.
+        steps: 1 to T.  Returns z_0 in z_T's shape and precision.  `progress` shows a bar.
+        """
+        visited = self.ddim_steps(steps)
+        z_t = z_T
+        # The last step ends at index 0, the paper's t = 1, as Stable Diffusion's does, and not at alpha_bar = 1: noise
+        # of sqrt(1 - alpha_bar[0]) = 0.03 stays in what is returned.
+        for t, t_next in zip(tqdm(visited, "DDIM", disable=not progress, leave=False), visited[1:] + [0]):
+            alpha_bar, alpha_bar_next = self.alpha_bar[t].item(), self.alpha_bar[t_next].item()
+            eps = predict_noise(z_t, t)
+            # Eq. (1)'s closed form solved for z_0, an estimate, which goes to the next, smaller t with the same noise
+            # (Song, Meng, Ermon, Eq. 12).  eta = 0 draws no new noise, so z_T alone decides what comes out.
+            z_0_hat = (z_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar ** 0.5
+            z_t = alpha_bar_next ** 0.5 * z_0_hat + (1 - alpha_bar_next) ** 0.5 * eps
+        return z_t
+
+
+def eps_theta(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: Tensor, rate: Tensor, text: Tensor,
+              text_mask: Tensor) -> Tensor:
+    """eps_theta(z_t, t, c): the noise that the network sees in z_t (B, 8, T/4, 16), whether it predicts eps or v.
+
+    c is made here, of t (index) and rate (Hz), (B,), and text (B, N, d) with text_mask (B, N); c_null has psi("") for
+    the text.
+    """
+    c, c_mask = unet.condition(t, rate, text, text_mask)
+    predicted = unet(z_t, t, c, c_mask)
+    return schedule.eps_from_v(predicted, z_t, t) if unet.predicts == "v" else predicted
+
+
+def diffusion_loss(unet: UNet, schedule: NoiseSchedule, z_0: Tensor, rate: Tensor, text: Tensor, text_mask: Tensor,
+                   t: Tensor, eps: Tensor) -> Tensor:
+    """Eq. (3) for a batch, before the expectation: the mean squared error of each item, (B,).
+
+    z_0, eps: (B, 8, T/4, 16).  rate (Hz), t: (B,).  text (B, N, d), text_mask (B, N).
+    """
+    z_t = schedule.add_noise(z_0, eps, t)
+    # Eq. (3): min over theta of E || eps - eps_theta(z_t, t, c) ||^2, here as a mean over the latent's entries.  For a
+    # network that predicts v, eps - eps_theta is sqrt(alpha_bar_t) (v - v_theta).
+    return (eps - eps_theta(unet, schedule, z_t, t, rate, text, text_mask)).square().mean(dim=(1, 2, 3))
+
+
+def guided_noise(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: int, rate: int, text: Tensor, text_mask: Tensor,
+                 null: Tensor, null_mask: Tensor, w: float) -> Tensor:
+    """Classifier-free guidance, Eq. (4): the noise in z_t (B, 8, T/4, 16), the same shape.
+
+    text (B, N, d), text_mask (B, N): psi(P).  null (B, N, d), null_mask (B, N): psi("").  Both branches run as one
+    batch of 2 B; with w = 1 the null branch has weight 0 and is skipped.
+    """
+    if w != 1:
+        z_t = torch.cat([z_t, z_t])                                               # (2 B, 8, T/4, 16)
+        # c_null = concat(psi(""), Sr) empties the text only: time step and rate stay
+        text, text_mask = torch.cat([text, null]), torch.cat([text_mask, null_mask])
+    batch_t = torch.full((len(z_t),), t, device=z_t.device)
+    batch_rate = torch.full((len(z_t),), rate, device=z_t.device)
+    eps = eps_theta(unet, schedule, z_t, batch_t, batch_rate, text, text_mask)
+    if w == 1:
+        return eps
+    eps_c, eps_null = eps.chunk(2)
+    # Eq. (4): eps~ = w eps_theta(z_t, t, c) + (1 - w) eps_theta(z_t, t, c_null).  Elsewhere it is written as
+    # eps_null + w (eps_c - eps_null), which is the same; the w of Ho and Salimans, the paper's [21], is smaller by one.
+    return w * eps_c + (1 - w) * eps_null
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,114 +414,6 @@ def read_tokenizer(path: str | Path, vocabulary: int) -> sentencepiece.SentenceP
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Diffusion: Eq. (1) to (4)
-
-
-class NoiseSchedule:
-    """The variances beta_t of Eq. (1), what follows from them, and the reverse process, Eq. (2), as DDIM.
-
-    Stable Diffusion's schedule: T = 1000, sqrt(beta) linear.  The paper's t runs from 1 to T; here, as in every
-    published implementation, indices run from 0 to T - 1.
-    """
-
-    T, BETA_1, BETA_T = 1000, 0.00085, 0.012
-
-    def __init__(self):
-        self.beta = torch.linspace(self.BETA_1 ** 0.5, self.BETA_T ** 0.5, self.T, dtype=torch.float64) ** 2     # (T,)
-        # alpha_bar_t = (1 - beta_1) ... (1 - beta_t): how much of z_0's variance is left in z_t
-        self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)                                                     # (T,)
-
-    def add_noise(self, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Jump from z_0 to z_t at once.
-
-        z_0, eps: (B, 8, T/4, 16) clean latent and standard normal noise.  t: (B,) indices, 0 to 999.
-        """
-        alpha_bar = self.alpha_bar.to(z_0)[t].view(-1, 1, 1, 1)                          # (B, 1, 1, 1)
-        # Eq. (1), step after step from z_0 to z_t: q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
-        return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps
-
-    def eps_from_v(self, v: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
-        """The noise in z_t (B, 8, T/4, 16) from v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0, which some
-        networks predict (Salimans, Ho 2022).  t: (B,) indices."""
-        alpha_bar = self.alpha_bar.to(z_t)[t].view(-1, 1, 1, 1)
-        return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * z_t
-
-    def ddim_steps(self, steps: int) -> list[int]:
-        """The indices t that DDIM visits, from noise to data: evenly spaced, ending at 1 (with T steps, T - 1 comes
-        twice).
-
-        With few steps the first index lies well below T, at 801 with 5, although z_T is pure noise and z_801 would
-        still hold some of z_0; a single step starts at 1 and returns noise.  Fine detail is made in the last steps:
-        with 25, the mels of the model in the box come out smoother than with 200.
-        """
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"the number of steps must be from 1 to {self.T}, got {steps}")
-        return [min(i * self.T // steps + 1, self.T - 1) for i in reversed(range(steps))]
-
-    def ddim(self, predict_noise, z_T: Tensor, steps: int, progress: bool = False) -> Tensor:
-        """Eq. (2), the reverse process, by DDIM with eta = 0 (Song, Meng, Ermon 2021).
-
-        predict_noise: (z_t (B, ...), t: int) -> the noise in z_t, the same shape.  z_T: (B, ...) standard normal.
-        steps: 1 to T.  Returns z_0 in z_T's shape and precision.  `progress` shows a bar.
-        """
-        visited = self.ddim_steps(steps)
-        z_t = z_T
-        # The last step ends at index 0, the paper's t = 1, as Stable Diffusion's does, and not at alpha_bar = 1: noise
-        # of sqrt(1 - alpha_bar_0) = 0.03 stays in what is returned.
-        for t, t_next in zip(tqdm(visited, "DDIM", disable=not progress, leave=False), visited[1:] + [0]):
-            alpha_bar, alpha_bar_next = self.alpha_bar[t].item(), self.alpha_bar[t_next].item()
-            eps = predict_noise(z_t, t)
-            # Eq. (1)'s closed form solved for z_0, an estimate, then taken to the next, smaller t with the same noise:
-            # eta = 0 draws none, so z_T alone decides what comes out
-            z_0 = (z_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar ** 0.5
-            z_t = alpha_bar_next ** 0.5 * z_0 + (1 - alpha_bar_next) ** 0.5 * eps
-        return z_t
-
-
-def eps_theta(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: Tensor, rate: Tensor, text: Tensor,
-              text_mask: Tensor) -> Tensor:
-    """eps_theta(z_t, t, c): the noise that the network sees in z_t (B, 8, T/4, 16), whether it predicts eps or v.
-
-    t (index), rate (Hz): (B,).  text (B, N, d), text_mask (B, N).
-    """
-    c, c_mask = unet.condition(t, rate, text, text_mask)
-    predicted = unet(z_t, t, c, c_mask)
-    return schedule.eps_from_v(predicted, z_t, t) if unet.predicts == "v" else predicted
-
-
-def diffusion_loss(unet: UNet, schedule: NoiseSchedule, z_0: Tensor, rate: Tensor, text: Tensor, text_mask: Tensor,
-                   t: Tensor, eps: Tensor) -> Tensor:
-    """Eq. (3) for a batch, before the expectation: the mean squared error of each item, (B,).
-
-    z_0, eps: (B, 8, T/4, 16).  rate (Hz), t: (B,).  text (B, N, d), text_mask (B, N).
-    """
-    z_t = schedule.add_noise(z_0, eps, t)
-    # Eq. (3): min over theta of E || eps - eps_theta(z_t, t, c) ||^2, here as a mean over the latent's entries
-    return (eps - eps_theta(unet, schedule, z_t, t, rate, text, text_mask)).square().mean(dim=(1, 2, 3))
-
-
-def guided_noise(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: int, rate: int, text: Tensor, text_mask: Tensor,
-                 null: Tensor, null_mask: Tensor, w: float) -> Tensor:
-    """Classifier-free guidance, Eq. (4): the noise in z_t (B, 8, T/4, 16), the same shape.
-
-    text (B, N, d), text_mask (B, N): psi(P).  null (B, N, d), null_mask (B, N): psi("").  Both branches run as one
-    batch of 2 B; with w = 1 the second would count for nothing and does not run.
-    """
-    if w != 1:
-        z_t = torch.cat([z_t, z_t])                                               # (2 B, 8, T/4, 16)
-        # c_null = concat(psi(""), Sr) empties the text only: time step and rate stay
-        text, text_mask = torch.cat([text, null]), torch.cat([text_mask, null_mask])
-    batch_t = torch.full((len(z_t),), t, device=z_t.device)
-    batch_rate = torch.full((len(z_t),), rate, device=z_t.device)
-    eps = eps_theta(unet, schedule, z_t, batch_t, batch_rate, text, text_mask)
-    if w == 1:
-        return eps
-    eps_c, eps_null = eps.chunk(2)
-    # Eq. (4): eps~ = w eps_theta(z_t, t, c) + (1 - w) eps_theta(z_t, t, c_null)
-    return w * eps_c + (1 - w) * eps_null
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The whole system (Fig. 1)
 
 
@@ -423,7 +427,7 @@ class Config:
     vocoder: dict                                        # the strides follow from the rate
     text_encoder: dict | str                             # or the folder of a FLAN-T5
     seconds: float                                       # length of the clips that the LDM is trained on
-    guidance: float = 3.0                                # w of Eq. (4), the paper's, where no other is asked for
+    guidance: float = 3.0                                # w of Eq. (4), where no other is asked for; the paper's
 
 
 # tiny and small attend at the two coarsest levels alone, to save time
@@ -447,12 +451,14 @@ PRESETS = {
         seconds=4.8,
         guidance=1.5,                                    # at 3 it follows Sr less
     ),
-    "paper": Config(                                     # Section III-B; text_encoder: FLAN-T5-large's sizes
+    # Section III-B, but for where cross-attention sits: that is what makes its 561 M parameters (see UNet).
+    "paper": Config(
         preset="paper",
         vae=dict(widths=(128, 256, 512), blocks=2),
         unet=dict(widths=(320, 640, 640, 1280), heads=(5, 10, 10, 20), cross_attention=(True, True, True, False),
                   context_width=1024, blocks=2),
         vocoder=dict(channels=1024),
+        # FLAN-T5-large's
         text_encoder=dict(vocabulary=32128, width=1024, layers=24, heads=16, head_width=64, ff_width=2816),
         seconds=10.24,
     ),
@@ -466,7 +472,7 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()             # a meta device holds no numbers
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f"there is no device {name!r} here; try --device cpu") from None
     return device
 
@@ -562,6 +568,9 @@ class SRCgAudio:
     def load_text_encoder(folder: str | Path) -> TextEncoder:
         arguments = SRCgAudio.load_config(folder).text_encoder
         if isinstance(arguments, str):
+            if not Path(arguments).exists():
+                raise ValueError(f"{Path(folder) / 'config.json'}: text_encoder names {arguments}, which is not there; "
+                                 f"a FLAN-T5 must stay where it is, or be named anew")
             return TextEncoder.from_pretrained(arguments)
         encoder = load_part(TextEncoder, arguments, Path(folder) / "text_encoder.pt", Path(folder) / "config.json")
         encoder.tokenizer = read_tokenizer(Path(folder) / "tokenizer.model", len(encoder.embedding.weight))
@@ -606,7 +615,7 @@ class SRCgAudio:
         self.device, self.precision = device, pick_precision(device, precision)
         return self
 
-    @torch.no_grad()                                     # in inference mode autocast would cast weights at each step
+    @torch.no_grad()
     def generate(self, prompts: list[str], rate: int, seconds: float | None = None, steps: int = 200,
                  guidance: float | None = None, seed: int = 0, progress: bool = False) -> Tensor:
         """Texts -> waves (B, round(seconds * rate)) in [-1, 1].
@@ -617,13 +626,24 @@ class SRCgAudio:
         Raises ValueError for anything out of range.
         """
         seconds = self.config.seconds if seconds is None else seconds
+        check_rate(rate)
+        if rate not in self.vocoders:
+            raise ValueError(f"there is no vocoder for {rate} Hz in this checkpoint")
+        mel = self.generate_mel(prompts, rate, seconds, steps, guidance, seed, progress)     # (B, T, 64)
+        # In float32: bfloat16's rounding noise is 17 to 20 dB below the sound of a small vocoder, and above its highs.
+        wave = self.vocoders[rate](mel)                                           # (B, T * hop)
+        return wave[:, :round(seconds * rate)]
+
+    @torch.no_grad()                                     # in inference mode autocast would cast weights at each step
+    def generate_mel(self, prompts: list[str], rate: int, seconds: float | None = None, steps: int = 200,
+                     guidance: float | None = None, seed: int = 0, progress: bool = False) -> Tensor:
+        """What `generate` gives the vocoder: log-mels (B, T, 64), T/4 rounded up to a multiple that the U-Net takes."""
+        seconds = self.config.seconds if seconds is None else seconds
         guidance = self.config.guidance if guidance is None else guidance
         seed = operator.index(seed)                      # NumPy's integers too
         check_rate(rate)
         if not prompts or isinstance(prompts, str):
             raise ValueError(f"there is no prompt; prompts must be a list of texts, got {prompts!r:.50}")
-        if rate not in self.vocoders:
-            raise ValueError(f"there is no vocoder for {rate} Hz in this checkpoint")
         if not 0.1 <= seconds <= 60:
             raise ValueError(f"seconds must be from 0.1 to 60, got {seconds}")
         if not 0 <= guidance <= 100:
@@ -631,9 +651,8 @@ class SRCgAudio:
         if not 0 <= seed < 2 ** 62:
             raise ValueError(f"the seed must be from 0 to 2^62, got {seed}")
 
-        # The latent has a quarter of the mel's frames, padded to the multiple that the U-Net takes.
         frames = round(seconds * FRAMES_PER_SECOND, 6)   # 2.24 * 100 is a little more than 224
-        length = math.ceil(frames / 4 / self.unet.multiple) * self.unet.multiple
+        length = math.ceil(frames / 4 / self.unet.multiple) * self.unet.multiple             # of the latent, T/4
         bands = RATES[rate].n_mels // 4
         z_T = torch.stack([torch.randn((VAE.LATENT, length, bands), generator=torch.Generator().manual_seed(seed + i))
                            for i in range(len(prompts))]).to(self.device)         # (B, 8, T/4, 16)
@@ -648,10 +667,7 @@ class SRCgAudio:
         with autocast(self.device, self.precision):
             z_0 = self.schedule.ddim(predict_noise, z_T, steps, progress)
         with autocast(self.device, self.precision):
-            mel = self.vae.decode(z_0 / self.vae.scale_factor)                    # (B, T, 64)
-        # In float32: what bfloat16 rounds is noise 17 to 20 dB below the sound of a small vocoder, and above its highs.
-        wave = self.vocoders[rate](mel)                                           # (B, T * hop)
-        return wave[:, :round(seconds * rate)]
+            return self.vae.decode(z_0 / self.vae.scale_factor)                   # (B, T, 64)
 
 
 def exit_cleanly(main) -> None:

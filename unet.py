@@ -201,7 +201,7 @@ class UNet(nn.Module):
     """eps_theta of Eq. (3).  The defaults are the paper's: 561.15 M parameters.
 
     widths: channels of the encoder blocks; the decoder has them in reverse.  Multiples of 32.
-    heads: attention heads at each of these levels.
+    heads: attention heads at each of these levels; the last number is the middle block's too.
     cross_attention: which levels attend to c, from the full latent resolution down; the others have no transformer,
         and the middle without one has one residual block instead of two, as in diffusers.  The default is Stable
         Diffusion's placement, which the paper's parameter count bears out; the paper's words, "the last three
@@ -210,8 +210,8 @@ class UNet(nn.Module):
     context_width: d, the width of the text embedding and of the condition's tokens.
     tokens: which scalars become tokens of c.  SRC-gAudio ("time", "rate"), gAudio ("time",), Tango ().
     blocks: residual blocks of an encoder block (a decoder block has one more).
-    groups: how many groups of channels each norm has.  It removes the mean of each: with only two channels in a group
-        the network hardly sees the latent's own means, and they drift during sampling; narrow networks need fewer.
+    groups: how many groups of channels each norm has.  A norm removes each group's mean: with two channels in a group
+        little is left of the latent's own means, and they drift during sampling; so narrow networks take fewer groups.
     predicts: "eps"; or "v", as Tango's network does, which NoiseSchedule.eps_from_v makes eps_theta.
     """
 
@@ -226,11 +226,13 @@ class UNet(nn.Module):
         if len(heads) != levels or len(cross_attention) != levels:
             raise ValueError(f"the U-Net's widths {tuple(widths)}, heads {tuple(heads)} and cross_attention "
                              f"{tuple(cross_attention)} must be equally many")
-        if any(head < 1 or width % 32 or width % head for width, head in zip(widths, heads)):
+        if any(type(head) is not int or head < 1 or width % 32 or width % head for width, head in zip(widths, heads)):
             raise ValueError(f"the U-Net's widths {tuple(widths)} must be multiples of 32 and of the heads "
                              f"{tuple(heads)}")
-        if groups not in (1, 2, 4, 8, 16, 32):
+        if type(groups) is not int or groups not in (1, 2, 4, 8, 16, 32):
             raise ValueError(f"the U-Net's groups must be 1, 2, 4, 8, 16 or 32, got {groups!r}")
+        if context_width % 2:                            # a sinusoid has as many cosines as sines
+            raise ValueError(f"the U-Net's context_width must be even, got {context_width}")
         if set(tokens) - {"time", "rate"}:
             raise ValueError(f'the U-Net\'s condition tokens are "time" and "rate", got {tuple(tokens)}')
         if predicts not in ("eps", "v"):

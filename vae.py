@@ -7,7 +7,8 @@ channel and becomes a latent with 8 channels, a quarter as long and a quarter as
     decode   z (B, 8, T/4, 16) -> mel (B, T, 64)
 
 A mel has 100 frames a second at every sampling rate, so this one network serves all four rates.
-The moments are unscaled.  The diffusion model's z_0 = scale_factor * z, undone before decoding.
+The moments are unscaled.  The diffusion model's z_0 = scale_factor * z, undone before decoding;
+its standard deviation is 1 with AudioLDM's VAE, 0.3 with one trained here (train.py: LATENT_STD).
 """
 import warnings
 from pathlib import Path
@@ -196,7 +197,7 @@ class VAE(nn.Module):
     widths: channels from the mel's resolution down, multiples of 32; three of them, for the quarter length.
     blocks: residual blocks at each resolution of the encoder (the decoder has one more).
     groups: how many groups of channels each norm has.  One of a single channel loses how loud the clip is; narrow
-        networks need fewer.
+        networks take fewer.
     """
 
     LATENT = 8
@@ -205,7 +206,7 @@ class VAE(nn.Module):
         super().__init__()
         if len(widths) != 3 or any(width % 32 for width in widths):
             raise ValueError(f"VAE widths must be three multiples of 32, got {tuple(widths)}")
-        if groups not in (1, 2, 4, 8, 16, 32):
+        if type(groups) is not int or groups not in (1, 2, 4, 8, 16, 32):
             raise ValueError(f"the VAE's groups must be 1, 2, 4, 8, 16 or 32, got {groups!r}")
         self.encoder = Encoder(widths, blocks, groups, self.LATENT)
         self.decoder = Decoder(widths, blocks, groups, self.LATENT)
@@ -226,13 +227,13 @@ class VAE(nn.Module):
         z = z.contiguous(memory_format=torch.channels_last)
         return self.decoder(self.post_quant_conv(z)).float().squeeze(1)
 
-    def forward(self, mel: Tensor, eps: Tensor, leftover: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, mel: Tensor, eps: Tensor, ddim_noise: float) -> tuple[Tensor, Tensor, Tensor]:
         """What training takes: mel (B, T, 64) and standard normal noise (B, 8, T/4, 16) -> decoded, mean, logvar.
 
-        leftover: added to the posterior's standard deviation, the noise that DDIM leaves; 0 but for --decoder-only.
+        ddim_noise: standard deviation of further noise, as much as DDIM leaves in z_0; 0 unless --decoder-only.
         """
         mean, logvar = self.encode(mel)
-        return self.decode(sample_posterior(mean, logvar, eps) + leftover * eps), mean, logvar
+        return self.decode(sample_posterior(mean, logvar, eps) + ddim_noise * eps), mean, logvar
 
     @torch.no_grad()
     def normalize_latents(self, mean: Tensor, std: Tensor) -> None:
@@ -283,7 +284,7 @@ class VAE(nn.Module):
             tensors["scale_factor"] = torch.tensor(float(scale_factor))
             if not tensors["scale_factor"].isfinite() or tensors["scale_factor"] == 0:
                 raise ValueError
-        except (ValueError, TypeError, RuntimeError):
+        except (ValueError, TypeError, RuntimeError, OverflowError):
             raise ValueError(f"{path}: the scale factor must be a number but 0, got {scale_factor!r:.50}") from None
         widths = [weights.shape_of(tensors, block.format(i, 0) + "conv1.weight", 4, path)[0] for i in range(3)]
         sizes = {"widths": widths, "blocks": weights.count(tensors, block.replace("{}", "0", 1)), "groups": groups}
@@ -295,11 +296,29 @@ def sample_posterior(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
     return mean + torch.exp(0.5 * logvar) * eps
 
 
-def vae_loss(mel: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
-    """A VAE's loss, L1 + kl_weight * KL(q(z | mel) || N(0, I)), each a mean; train.py adds detail and flicker.
+def texture(mel: Tensor) -> Tensor:
+    """How much the bands of a mel (B, T, 64) flicker around each place, -> (B, 3, T', 30): the log of the mean size of
+    three differences, over time once and twice, and over time and frequency."""
+    change = mel.diff(dim=1)[:, :-1, :-1]                                                            # (B, T-2, 63)
+    twice, across = mel.diff(n=2, dim=1)[..., :-1], mel.diff(dim=1).diff(dim=2)[:, :-1]
+    sizes = torch.stack([change, twice, across], dim=1).abs()                                        # (B, 3, T-2, 63)
+    return torch.log(F.avg_pool2d(sizes, (16, 4), stride=(8, 2)) + 0.02)
 
-    mel, decoded: (B, T, 64).  mean, logvar: (B, 8, T/4, 16).  Returns (total, L1).
+
+def vae_loss(mel: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float,
+             flicker_weight: float) -> dict[str, Tensor]:
+    """L1 + kl_weight * KL(q(z | mel) || N(0, I)), each a mean; detail and flicker are this project's.
+
+    mel, decoded: (B, T, 64), T at least 18.  mean, logvar: (B, 8, T/4, 16).
     """
-    l1 = (mel - decoded).abs().mean()
+    error = decoded - mel
+    l1 = error.abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return l1 + kl_weight * kl, l1
+    # Flicker tells the rates apart but weighs little in the L1, so differences in time and frequency get a loss of
+    # their own.
+    detail = error.diff(dim=1).abs().mean() + error.diff(dim=2).abs().mean()
+    # An L1 is least at the median of what may be, so what can't be foretold is smoothed away: rain without its texture.
+    # AudioLDM's VAE has a discriminator against it; here, asking for the recording's flicker is enough.
+    flicker = (texture(decoded) - texture(mel)).abs().mean()
+    return {"loss": l1 + kl_weight * kl + detail + flicker_weight * flicker, "l1": l1, "detail": detail,
+            "flicker": flicker}

@@ -255,13 +255,13 @@ def discriminators_from_pretrained(path: str | Path) -> Discriminators:
 
 
 def discriminator_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]]) -> Tensor:
-    """Least squares: real waves should score 1, generated ones 0 (HiFi-GAN, Eq. 1)."""
+    """Least squares: real waves should score 1, generated ones 0 (HiFi-GAN, Eq. 1, summed as in Eq. 8)."""
     return sum((1 - score_real).square().mean() + score_generated.square().mean()
                for (score_real, _), (score_generated, _) in zip(real, generated))
 
 
 def adversarial_loss(generated: list[tuple[Tensor, Features]]) -> Tensor:
-    """Least squares: generated waves should score 1 (HiFi-GAN, Eq. 2)."""
+    """Least squares: generated waves should score 1 (HiFi-GAN, Eq. 2, summed as in Eq. 7)."""
     return sum((1 - score).square().mean() for score, _ in generated)
 
 
@@ -290,7 +290,7 @@ def convergence_loss(mel_real: Tensor, mel_generated: Tensor) -> Tensor:
     """The error of each band of log-mels (B, T, 64), as magnitudes, relative to the band itself: spectral convergence
     (Arik 2018), band by band.
 
-    To a logarithm, a click is a few frames among many, and too faint a one costs little.  Here the loud moments count.
+    In the L1 of log-mels a click is a few frames of many, so one too faint costs little.  Here the loud moments count.
     """
     real, generated = mel_real.exp(), mel_generated.exp()
     return ((real - generated).norm(dim=1) / (real.norm(dim=1) + 1e-3)).mean()
@@ -298,6 +298,6 @@ def convergence_loss(mel_real: Tensor, mel_generated: Tensor) -> Tensor:
 
 def generator_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]],
                    mel_real: Tensor, mel_generated: Tensor) -> Tensor:
-    """HiFi-GAN, Eq. 5, with its weights 2 and 45."""
+    """HiFi-GAN, Eq. 7, with its weights 2 and 45."""
     return (adversarial_loss(generated) + 2 * feature_matching_loss(real, generated)
             + 45 * mel_loss(mel_real, mel_generated))

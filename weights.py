@@ -288,19 +288,25 @@ def load(module: nn.Module, weights: Weights, source: str | Path, names: Names =
     module.load_state_dict(dict(zip(module.state_dict(), copies.values())), assign=True)
 
 
+def skeleton(module_class, arguments: dict, source: str | Path, most: int = 1000) -> nn.Module:
+    """The module that `arguments` describe, of shapes alone, with at most so many layers, blocks or widths.
+
+    Raises ValueError naming `source`, which holds the arguments.
+    """
+    try:
+        if (any(arguments.get(name, 0) > most for name in ("layers", "blocks"))
+                or len(arguments.get("widths", ())) > most):
+            raise ValueError(f"layers, blocks or widths are more than {most}")
+        with torch.device("meta"):
+            return module_class(**arguments)
+    except Exception as error:                           # sizes from a file can be anything
+        raise ValueError(f"{source}: these sizes do not fit {module_class.__name__} ({first_line(error)})") from None
+
+
 def build(module_class, arguments: dict, weights: Weights, source: str | Path, names: Names = (),
           sizes_source: Path | None = None) -> nn.Module:
     """A module made with `arguments`, which `sizes_source` holds if `source` does not, and filled by `load`."""
-    try:
-        # Each layer or block has tensors in the file; more of them would be built without end.
-        if (any(arguments.get(name, 0) > len(weights) for name in ("layers", "blocks"))
-                or len(arguments.get("widths", ())) > len(weights)):
-            raise ValueError(f"layers, blocks or widths are more than the {len(weights)} tensors in {source}")
-        with torch.device("meta"):                       # shapes alone: the file's tensors take their places
-            module = module_class(**arguments)
-    except Exception as error:                           # sizes from a file can be anything
-        raise ValueError(f"{sizes_source or source}: these sizes do not fit {module_class.__name__} "
-                         f"({first_line(error)})") from None
+    module = skeleton(module_class, arguments, sizes_source or source, most=len(weights))    # each has tensors there
     load(module, weights, source, names)
     return module.eval().to(memory_format=torch.channels_last)
 
@@ -497,9 +503,13 @@ def halve_checkpoint(args: argparse.Namespace) -> None:
     """A checkpoint folder in float16, half the size: what generates, and nothing else."""
     from srcgaudio import SRCgAudio                      # which imports this module
 
-    if (args.out / "config.json").exists() and not args.overwrite:
-        raise ValueError(f"{args.out / 'config.json'} exists; name another --out, or say --overwrite")
     model = SRCgAudio.load(args.checkpoint)
+    there = [args.out / "config.json", *args.out.glob("*.pt")]
+    for path in there:
+        if path.exists() and not args.overwrite:
+            raise ValueError(f"{path} exists; name another --out, or say --overwrite")
+        if re.match(r"vocoder_\d", path.name) and not (args.checkpoint / path.name).exists():
+            raise ValueError(f"{path} is another model's, {args.checkpoint} has none; name another --out")
     for part in (model.text_encoder, model.vae, model.unet, *model.vocoders.values()):
         part.half()
     model.save(args.out)

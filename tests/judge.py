@@ -186,13 +186,11 @@ def draw(pairs: list[tuple[str, Tensor, Tensor]], path: Path) -> None:
 
 def generate(model: SRCgAudio, prompts: list[str], rate: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """-> mels before the vocoder (B, T, 64), and waves (B, L)."""
-    vocoder, mels, waves = model.vocoders[rate], [], []
+    mels, waves = [], []
     for first in trange(0, len(prompts), args.batch, desc=f"{rate} Hz", leave=False):
-        model.vocoders[rate] = nn.Identity()             # lets the mel through
-        mel = model.generate(prompts[first:first + args.batch], rate, steps=args.steps, guidance=args.guidance,
-                             seed=args.seed + first)
-        model.vocoders[rate] = vocoder
-        waves.append(vocoder(mel))                       # in float32, as SRCgAudio.generate does
+        mel = model.generate_mel(prompts[first:first + args.batch], rate, steps=args.steps, guidance=args.guidance,
+                                 seed=args.seed + first)
+        waves.append(model.vocoders[rate](mel))          # in float32, as SRCgAudio.generate does
         mels.append(mel)
     return torch.cat(mels), torch.cat(waves)
 
