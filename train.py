@@ -7,6 +7,11 @@ Sections II-B, II-C and III, Fig. 1 ("training").  The three jobs can run in one
 folder; the LDM needs the VAE.  Each keeps the weights with the best validation loss, in moving average (EMA), and
 writes its losses to JOB.csv.
 
+The paper takes AudioLDM's VAE as it is, trains HiFi-GANs, and the LDM on Eq. (3).  Not the paper's but ours, so that
+small networks learn from a few hundred recordings: Muon, the whitened starts (`whiten_patches`, `whiten`), detail and
+flicker in the VAE's loss, vocoders without discriminators, the balanced loss and rolled clips.  Of these the preset
+paper has the VAE's alone, should one be trained.
+
 Every random draw is a function of --seed, the epoch and the item.  So a run that was stopped, by kill -9 even, goes on
 from its last state as if it had never stopped, and how a batch is split over processes changes nothing but rounding.
 """
@@ -64,11 +69,11 @@ class Settings:
     batch: int                                           # items of a step, over all processes
     lr: float                                            # falls linearly to zero
     frames: int = 0                                      # length of the random crops; the LDM takes whole clips
-    discriminators: tuple[int, int] = (0, 0)             # widths of the period and the scale discriminators
-    spectral_share: float = 0.0                          # the first epochs do without the discriminators
-    muon: bool = False                                   # instead of AdamW, for the VAE and the LDM
+    discriminators: tuple[int, int] | None = None        # widths of the period and the scale ones; None: the vocoder
+                                                         # learns from spectra alone
+    muon: bool = False                                   # instead of AdamW
     balanced: bool = False                               # every t counts alike in the LDM's loss (`blind_loss`)
-    turned: bool = False                                 # the LDM's clips begin anywhere and go on from their start
+    rolled: bool = False                                 # the LDM's clips begin anywhere and go on from their start
     validate_every: int = 1                              # epochs
 
 
@@ -80,9 +85,8 @@ SETTINGS = {
     },
     "small": {                                           # the model in the box, on 238 recordings
         "vae": Settings(epochs=9, batch=8, lr=2e-3, frames=48, muon=True, validate_every=8),
-        "vocoder": Settings(epochs=40, batch=2, lr=1e-3, frames=32, discriminators=(2, 8), spectral_share=1.0,
-                            validate_every=10),
-        "ldm": Settings(epochs=18, batch=16, lr=1e-3, muon=True, balanced=True, turned=True),
+        "vocoder": Settings(epochs=40, batch=2, lr=1e-3, frames=32, muon=True, validate_every=10),
+        "ldm": Settings(epochs=18, batch=16, lr=1e-3, muon=True, balanced=True, rolled=True),
     },
     # Epochs: III-B.  LDM: learning rate and linear decay of Tango's published training command.  Vocoder: batch and
     # rate of HiFi-GAN V1, whose crops of 8192 samples at 22 kHz are 0.37 s long.  The rest is our choice.
@@ -127,11 +131,15 @@ class Run:
     save_minutes: float
     plot: bool
 
-    def items(self, clips: list[Clip], rates: list[int] | None = None, once: bool = False) -> list[tuple[Clip, int]]:
-        """Every clip at each of its rates, among the run's or those given.  once: however many captions it has."""
+    def items(self, clips: list[Clip], rates: list[int] | None = None,
+              per_recording: bool = False) -> list[tuple[Clip, int]]:
+        """Every clip at each of its rates, among the run's or those given.
+
+        per_recording: once, however many captions it has.
+        """
         rates = rates or self.rates
         purpose = "validate" if clips is self.val else "train"
-        if once:
+        if per_recording:
             clips = {clip.path: clip for clip in clips}.values()
         items = [(clip, rate) for clip in clips for rate in rates if self.any_rate or clip.reaches(rate)]
         count = Counter(rate for _, rate in items)
@@ -142,13 +150,19 @@ class Run:
                                  f"--any-rate, or name other clips")
         return items
 
-    def identity(self, settings: Settings) -> dict[str, str]:
-        """What must be the same for a run to go on as if it had never stopped."""
+    def identity(self, job: str) -> dict[str, str]:
+        """What must be the same for a run of a job to go on as if it had never stopped."""
         data = digest([self.items(clips) for clips in (self.train, self.val)])
-        return {"the data": data.hex(), "the rates": str(self.rates), "the settings": str(settings),
-                "the sizes": json.dumps(asdict(self.config)), "the seed": str(self.seed),
-                "the precision": str(self.precision), "--train-text-encoder": str(self.train_text_encoder),
-                "--decoder-only": str(self.decoder_only)}
+        sizes = {"vae": self.config.vae, "vocoder": self.config.vocoder,
+                 "ldm": [self.config.unet, self.config.text_encoder]}[job]
+        same = {"the data": data.hex(), "the rates": str(self.rates), "the settings": str(self.settings[job]),
+                "the sizes": json.dumps([sizes, self.config.seconds]), "the seed": str(self.seed),
+                "the precision": str(self.precision)}
+        if job == "vae":
+            same["--decoder-only"] = str(self.decoder_only)
+        if job == "ldm":
+            same["--train-text-encoder"] = str(self.train_text_encoder)
+        return same
 
     def network(self, cls: type[nn.Module], arguments: dict, name: str) -> nn.Module:
         """A new network, or one with the weights of the file `name`, if the run is to start from a folder with it."""
@@ -273,8 +287,9 @@ class Muon(torch.optim.Optimizer):
     (Jordan 2024).  A vector is a matrix of one column, whose momentum is brought to length one; Jordan leaves those to
     Adam.
 
-    Adam learns what varies most, in mels the loudness, and leaves a rooster's harmonics for later.  torch.optim.Muon
-    takes one matrix at a time, in bfloat16: for a small vocoder on a CPU that is as long as the rest of the step.
+    Adam learns the directions of most variance first, in mels the loudness, and a rooster's harmonics late.
+    torch.optim.Muon takes one matrix at a time, in bfloat16: for a small vocoder on a CPU that is as long as the rest
+    of the step.
     """
 
     def __init__(self, parameters, lr: float):
@@ -310,11 +325,11 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x
 
 
-def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def make_optimizer(network: nn.Module, settings: Settings, **adam) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if settings.muon:
         return Muon(parameters, settings.lr)
-    return torch.optim.AdamW(parameters, settings.lr, fused=True)
+    return torch.optim.AdamW(parameters, settings.lr, fused=True, **adam)
 
 
 def descend(network: nn.Module, optimizer: torch.optim.Optimizer, parts: list, losses_of) -> dict[str, Tensor]:
@@ -376,15 +391,20 @@ def read_state(path: Path, identity: dict[str, str]) -> dict | None:
     return state
 
 
-def fit(name: str, make_job, settings: Settings, run: Run) -> None:
+def job_of(name: str) -> str:
+    """"vocoder_16000" is a run of the job "vocoder"."""
+    return name.split("_")[0]
+
+
+def fit(name: str, make_job, run: Run) -> None:
     """The loop of every job: steps, validation, the best weights kept, a state to go on from, a log of losses.
 
-    make_job(run, settings) -> a job: data, with `items`, and collate; network; ema; optimizers; step(parts, epoch)
-    and validate(), each -> losses by name with "loss" among them; save(), which writes what validate judged; kept,
-    the parts of its state by name; identity, what else they depend on.
+    make_job(run, settings) -> a job: data, with `items`, and collate; network; ema; step(parts) and validate(), each
+    -> losses by name with "loss" among them; save(), which writes what validate judged; kept, the networks and
+    optimizers that make its state, by name; identity, what else they depend on.
     """
     state_path, log_path = run.folder / f"{name}_state.pt", run.folder / f"{name}.csv"
-    identity = run.identity(settings)
+    settings, identity = run.settings[job_of(name)], run.identity(job_of(name))
     state = read_state(state_path, identity)
     if state and not state["kept"]:
         say(f"{name} is trained already, {state['step']} steps; --overwrite trains it anew")
@@ -397,7 +417,7 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
     if state:
         step, best, log_bytes = state["step"], state["best"], state["log_bytes"]
         for key, part in job.kept.items():
-            # The state is mapped, and its file will be replaced; an optimizer would keep the map, and the file's room.
+            # A copy: the state lies mapped in a file that will be replaced, and an optimizer would hold on to it.
             part.load_state_dict(copy.deepcopy(state["kept"][key]))
         state = None
         say(f"{name} goes on from step {step}")
@@ -416,9 +436,10 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
         saved = save_state() if rank() == 0 else 0.0     # at step 0 too: the same start, however soon it is stopped
         loader = iter(run.data_loader(job.data, batch_sampler=plan.parts(step), collate_fn=job.collate))
         while step < plan.steps:
-            for optimizer in job.optimizers:
-                optimizer.param_groups[0]["lr"] = settings.lr * (1 - step / plan.steps)
-            losses = job.step([next(loader) for _ in range(run.accumulate)], plan.epoch(step))
+            for part in job.kept.values():
+                if isinstance(part, torch.optim.Optimizer):
+                    part.param_groups[0]["lr"] = settings.lr * (1 - step / plan.steps)
+            losses = job.step([next(loader) for _ in range(run.accumulate)])
             losses = mean_over_processes(losses | {"stop": asked.to(run.device)})
             stop = losses.pop("stop") > 0
             if not all(map(math.isfinite, losses.values())):
@@ -447,10 +468,10 @@ def fit(name: str, make_job, settings: Settings, run: Run) -> None:
                     if losses["loss"] < best:
                         best = losses["loss"]
                         job.save()
-                    if run.plot:
-                        draw_losses(log_path)
                 if validated or stop or time.monotonic() - saved > 60 * run.save_minutes:
                     saved = save_state()
+                if validated and run.plot:
+                    draw_losses(log_path)
             if stop:
                 say(f"{name} stopped after step {step}; the same command, without --overwrite, goes on from there")
                 barrier()                                # torchrun ends the others where one ends: let rank 0 save
@@ -468,7 +489,7 @@ def open_log(path: Path, size: int):
     path.touch()
     os.truncate(path, min(size, path.stat().st_size))
     file = open(path, "a", newline="", buffering=1)
-    if size == 0:
+    if file.tell() == 0:
         file.write("step,name,value\n")
     return file
 
@@ -564,15 +585,6 @@ def whiten_patches(vae: VAE, mels: Tensor) -> None:
     vae.decoder.conv_out.bias.fill_(mels.mean())
 
 
-def texture(mel: Tensor) -> Tensor:
-    """How much the bands of a mel (B, T, 64) flicker around each place, -> (B, 3, T', 30): the log of the mean size of
-    three differences, over time once and twice, and over time and frequency."""
-    change = mel.diff(dim=1)[:, :-1, :-1]                                                            # (B, T-2, 63)
-    twice, across = mel.diff(n=2, dim=1)[..., :-1], mel.diff(dim=1).diff(dim=2)[:, :-1]
-    sizes = torch.stack([change, twice, across], dim=1).abs()                                        # (B, 3, T-2, 63)
-    return torch.log(F.avg_pool2d(sizes, (16, 4), stride=(8, 2)) + 0.02)
-
-
 class TrainVAE:
     collate = None
     identity = {}
@@ -580,12 +592,12 @@ class TrainVAE:
     def __init__(self, run: Run, settings: Settings):
         self.run = run
         self.network = run.network(VAE, run.config.vae, "vae.pt")
-        self.data = MelCrops(run, run.items(run.train, once=True), settings)
+        self.data = MelCrops(run, run.items(run.train, per_recording=True), settings)
         if not (run.start and (run.start / "vae.pt").is_file()):
-            some = range(0, len(self.data.items), math.ceil(len(self.data.items) / 256))
-            whiten_patches(self.network, torch.stack([self.data[0, i][0] for i in some]))
+            sample = range(0, len(self.data.items), math.ceil(len(self.data.items) / 256))
+            whiten_patches(self.network, torch.stack([self.data[0, i][0] for i in sample]))
         self.network.to(run.device, memory_format=torch.channels_last).train()
-        self.leftover, self.flicker_weight = 0.0, 0.5
+        self.ddim_noise, self.flicker_weight = 0.0, 0.5
         if run.decoder_only:                             # the latents stay, and an LDM in them
             self.network.encoder.requires_grad_(False)
             self.network.quant_conv.requires_grad_(False)
@@ -593,30 +605,22 @@ class TrainVAE:
             # A decoder that has not met it turns it into flicker; one that has smooths away all that is as fine, so
             # flicker counts more here.
             alpha_bar_0 = NoiseSchedule().alpha_bar[0].item()
-            self.leftover = (1 - alpha_bar_0) ** 0.5 / self.network.scale_factor.item()
+            self.ddim_noise = (1 - alpha_bar_0) ** 0.5 / self.network.scale_factor.item()
             self.flicker_weight = 5.0
         self.ema = Ema(self.network)
         self.optimizer = make_optimizer(self.network, settings)
-        self.optimizers = [self.optimizer]
         self.kept = {"network": self.network, "ema": self.ema.network, "optimizer": self.optimizer}
         self.distributed = distribute(self.network)
-        self.val_items = run.items(run.val, once=True)
+        self.val_items = run.items(run.val, per_recording=True)
 
-    def step(self, parts: list, _epoch: int) -> dict[str, Tensor]:
+    def step(self, parts: list) -> dict[str, Tensor]:
         return descend(self.distributed, self.optimizer, parts, self.losses)
 
     def losses(self, part: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         mel, eps = (x.to(self.run.device) for x in part)               # (B, T, 64), (B, 8, T/4, 16)
         with autocast(self.run.device, self.run.precision):
-            decoded, mean, logvar = self.distributed(mel, eps, self.leftover)
-        loss, l1 = vae_loss(mel, decoded, mean, logvar, KL_WEIGHT)
-        # How bands flicker, which tells the rates apart, is a small part of the L1; all of it is in the differences.
-        error = decoded - mel
-        detail = error.diff(dim=1).abs().mean() + error.diff(dim=2).abs().mean()
-        # An L1 rewards the median of all that may be, so what cannot be foretold is averaged away and rain comes out
-        # smooth.  AudioLDM's VAE has a discriminator against it; here, asking for the recording's flicker is enough.
-        flicker = (texture(decoded) - texture(mel)).abs().mean()
-        return {"loss": loss + detail + self.flicker_weight * flicker, "l1": l1, "detail": detail, "flicker": flicker}
+            decoded, mean, logvar = self.distributed(mel, eps, self.ddim_noise)
+        return vae_loss(mel, decoded, mean, logvar, KL_WEIGHT, self.flicker_weight)
 
     def validate(self) -> dict[str, float]:
         """Log-mel L1 of encoding and decoding, the latent with the noise that the decoder is trained to meet."""
@@ -626,7 +630,7 @@ class TrainVAE:
             with autocast(self.run.device, self.run.precision):
                 mean, _ = self.ema.network.encode(mel)
                 noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)
-                decoded = self.ema.network.decode(mean + self.leftover * noise)
+                decoded = self.ema.network.decode(mean + self.ddim_noise * noise)
             latents.append(mean)
             losses[rate].append(mel_loss(mel, decoded).item())
         z = torch.cat(latents)                                                               # (clips, 8, T/4, 16)
@@ -663,57 +667,52 @@ class TrainVocoder:
     identity = {}
 
     def __init__(self, rate: int, run: Run, settings: Settings):
-        self.run, self.rate, self.settings = run, rate, settings
-        self.data = Crops(run, run.items(run.train, [rate], once=True), settings)
-        self.val_items = run.items(run.val, [rate], once=True)
+        self.run, self.rate = run, rate
+        self.data = Crops(run, run.items(run.train, [rate], per_recording=True), settings)
+        self.val_items = run.items(run.val, [rate], per_recording=True)
         plain = Generator(strides=STRIDES[rate], **run.config.vocoder)
-        self.discriminators = Discriminators(*settings.discriminators).to(run.device)
-        if not self.start_from_nearest(plain) and settings.spectral_share:
-            some = range(0, len(self.data.items), math.ceil(len(self.data.items) / 256))
-            whiten(plain.conv_pre, torch.cat([mel_spectrogram(self.data[0, i][None], rate)[0] for i in some]))
+        self.discriminators = None
+        if settings.discriminators:
+            self.discriminators = Discriminators(*settings.discriminators).to(run.device)
+        if not self.start_from_nearest(plain) and not settings.discriminators:
+            sample = range(0, len(self.data.items), math.ceil(len(self.data.items) / 256))
+            whiten(plain.conv_pre, torch.cat([mel_spectrogram(self.data[0, i][None], rate)[0] for i in sample]))
         self.ema = Ema(plain.to(run.device))             # plain weights: what is saved needs no weight norm
         self.network = plain.train()
         for module in list(plain.modules()):
             if isinstance(module, (Conv1d, ConvTranspose1d)):
                 weight_norm(module)
-        self.muon = Muon(self.network.parameters(), settings.lr)       # of the first epochs
-        self.optimizer, self.optimizer_d = (
-            torch.optim.AdamW(network.parameters(), settings.lr, betas=(0.8, 0.99), fused=True)
-            for network in (self.network, self.discriminators))
-        self.optimizers = [self.muon, self.optimizer, self.optimizer_d]
-        self.kept = {"network": self.network, "ema": self.ema.network, "discriminators": self.discriminators,
-                     "muon": self.muon, "optimizer": self.optimizer, "optimizer_d": self.optimizer_d}
-        self.distributed, self.distributed_d = distribute(self.network), distribute(self.discriminators)
+        self.optimizer = make_optimizer(self.network, settings, betas=(0.8, 0.99))
+        self.kept = {"network": self.network, "ema": self.ema.network, "optimizer": self.optimizer}
+        self.distributed = distribute(self.network)
+        if self.discriminators:
+            self.optimizer_d = torch.optim.AdamW(self.discriminators.parameters(), settings.lr, betas=(0.8, 0.99),
+                                                 fused=True)
+            self.kept |= {"discriminators": self.discriminators, "optimizer_d": self.optimizer_d}
+            self.distributed_d = distribute(self.discriminators)
 
     def start_from_nearest(self, generator: Generator) -> bool:
-        """Where the run starts from a checkpoint, start from this rate's vocoder, or from the one of the nearest rate,
-        and from its discriminators: all rates have tensors of the same shapes.  Those trained in this folder count too.
-        Returns whether there was one."""
-        if not self.run.start:
+        """Start from the vocoder of the nearest rate in the folder to start from, and from its discriminators: all
+        rates have tensors of the same shapes.  Returns whether there was one."""
+        start = self.run.start
+        rates = [rate for rate in RATES if start and (start / f"vocoder_{rate}.pt").is_file()]
+        if not rates:
             return False
-        there = {}
-        for folder in (self.run.folder, self.run.start):               # where both have a rate, the second counts
-            for rate in RATES:
-                replaced = rate == self.rate and folder != self.run.start                    # by --overwrite
-                if (folder / f"vocoder_{rate}.pt").is_file() and not replaced:
-                    there[rate] = folder
-        if not there:
-            return False
-        nearest = min(there, key=lambda rate: abs(rate - self.rate))
-        path = there[nearest] / f"vocoder_{nearest}.pt"
+        nearest = min(rates, key=lambda rate: abs(rate - self.rate))
+        path = start / f"vocoder_{nearest}.pt"
         say(f"vocoder_{self.rate} starts from {path}")
         weights.load(generator, weights.read(path), path)
-        path = there[nearest] / f"discriminators_{nearest}.pt"
-        if path.is_file():
+        path = start / f"discriminators_{nearest}.pt"
+        if self.discriminators and path.is_file():
             weights.load(self.discriminators, weights.read(path), path)
         return True
 
-    def step(self, parts: list[Tensor], epoch: int) -> dict[str, Tensor]:
-        if epoch < self.settings.spectral_share * self.settings.epochs:
-            return descend(self.distributed, self.muon, parts, self.spectral_losses)
-        judging = descend(self.distributed_d, self.optimizer_d, parts, self.judging_losses)
+    def step(self, parts: list[Tensor]) -> dict[str, Tensor]:
+        if not self.discriminators:
+            return descend(self.distributed, self.optimizer, parts, self.spectral_losses)
+        judging = descend(self.distributed_d, self.optimizer_d, parts, self.discriminator_losses)
         self.discriminators.requires_grad_(False)        # the generator's step needs no gradients of theirs
-        losses = descend(self.distributed, self.optimizer, parts, self.generating_losses)
+        losses = descend(self.distributed, self.optimizer, parts, self.generator_losses)
         self.discriminators.requires_grad_(True)
         return losses | {"discriminators": judging["loss"], "gradient_norm_d": judging["gradient_norm"]}
 
@@ -734,23 +733,23 @@ class TrainVocoder:
         of_loud = convergence_loss(mel, mel_generated)
         return {"loss": of_mel + 4 * of_tones + of_stft / 2 + 4 * of_loud, "mel": of_mel}
 
-    def judging_losses(self, wave: Tensor) -> dict[str, Tensor]:
+    def discriminator_losses(self, wave: Tensor) -> dict[str, Tensor]:
         wave = wave.to(self.run.device)                                                      # (B, L)
         mel = mel_spectrogram(wave, self.rate)                                               # (B, L / hop, 64)
         with autocast(self.run.device, self.run.precision):
             with torch.no_grad():
                 generated = self.network(mel)                                                # (B, L)
-            real, false = self.distributed_d(wave, generated)
-            return {"loss": discriminator_loss(real, false)}
+            real, fake = self.distributed_d(wave, generated)
+            return {"loss": discriminator_loss(real, fake)}
 
-    def generating_losses(self, wave: Tensor) -> dict[str, Tensor]:
+    def generator_losses(self, wave: Tensor) -> dict[str, Tensor]:
         wave = wave.to(self.run.device)                                                      # (B, L)
         mel = mel_spectrogram(wave, self.rate)                                               # (B, L / hop, 64)
         with autocast(self.run.device, self.run.precision):
             generated = self.distributed(mel)                                                # (B, L)
-            real, false = self.discriminators(wave, generated)
+            real, fake = self.discriminators(wave, generated)
         mel_generated = mel_spectrogram(generated, self.rate)
-        return {"loss": generator_loss(real, false, mel, mel_generated), "mel": mel_loss(mel, mel_generated)}
+        return {"loss": generator_loss(real, fake, mel, mel_generated), "mel": mel_loss(mel, mel_generated)}
 
     def validate(self) -> dict[str, float]:
         """Log-mel L1 of copy-synthesis: real wave -> mel -> vocoder -> mel."""
@@ -762,9 +761,9 @@ class TrainVocoder:
         return {"loss": sum(losses) / len(losses)}
 
     def save(self) -> None:
-        """The generator, and the discriminators too, so that a training can go on from here."""
         weights.save(self.ema.network.state_dict(), self.run.folder / f"vocoder_{self.rate}.pt")
-        weights.save(self.discriminators.state_dict(), self.run.folder / f"discriminators_{self.rate}.pt")
+        if self.discriminators:                          # so that a training can go on from here
+            weights.save(self.discriminators.state_dict(), self.run.folder / f"discriminators_{self.rate}.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -802,14 +801,14 @@ class Latents(Dataset):
     """What Eq. (3) takes of each item: z_0 (8, T/4, 16), eps, t, rate, and psi (N, d) of its caption, or the caption's
     token ids (N,) where the text encoder is trained along.
 
-    All that is random comes from (seed, epoch, item).  turned: z_0 is turned in time, by a random part of its length;
+    All that is random comes from (seed, epoch, item).  rolled: z_0 is rolled in time, by a random part of its length;
     else a few hundred recordings are soon known by heart.  times: of the items, fixed, for validation, where no caption
     is emptied.
     """
 
     def __init__(self, run: Run, items: list[tuple[Clip, int]], places: np.ndarray, texts: dict, scale_factor: float,
-                 turned: bool = False, times: Tensor | None = None):
-        self.seed, self.arrays, self.T, self.turned = run.seed, run.cache.arrays, NoiseSchedule.T, turned
+                 rolled: bool = False, times: Tensor | None = None):
+        self.seed, self.arrays, self.T, self.rolled = run.seed, run.cache.arrays, NoiseSchedule.T, rolled
         self.items, self.places, self.texts, self.scale_factor, self.times = items, places, texts, scale_factor, times
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int, int, Tensor]:
@@ -820,7 +819,7 @@ class Latents(Dataset):
         mean, logvar = (part.view(shape) for part in read_array(self.arrays, self.places[i]).chunk(2))
         noise = torch.from_numpy(random.standard_normal((2, *mean.shape), np.float32))
         z_0 = self.scale_factor * sample_posterior(mean, logvar, noise[0])        # (8, T/4, 16)
-        if self.turned:
+        if self.rolled:
             z_0 = z_0.roll(int(random.integers(z_0.shape[1])), dims=1)
         if self.times is None:
             t = int(random.integers(self.T))                                      # t ~ Uniform(1, T), counted from 0
@@ -843,9 +842,9 @@ class Latents(Dataset):
 def blind_loss(alpha_bar: Tensor) -> Tensor:
     """What Eq. (3) is for one who knows nothing of z_0 but its standard deviation and guesses eps from z_t.
 
-    1 at the first t, 0.001 at t = 900: nearly all of Eq. (3) is about fine detail.  What is decided in the noise, which
-    outline a class has at which rate, a small network learns late.  Divided by this, Eq. (3) counts at all t alike:
-    the weights of Karras et al. 2022 (EDM), with t uniform.
+    1 at the first t, 0.001 at t = 900: nearly all of Eq. (3) is about fine detail.  At large t the outline is decided,
+    that of a class at a rate, but it hardly counts, so a small network learns it late.  Divided by this, Eq. (3) counts
+    at all t alike: the weights of Karras et al. 2022 (EDM), with t uniform.
     """
     signal = alpha_bar * LATENT_STD ** 2
     return signal / (signal + 1 - alpha_bar)
@@ -866,6 +865,9 @@ class Denoiser(nn.Module):
 
 
 class TrainLDM:
+    """clip -> `WholeClips`: mel -> `VAE.encode`: mean, logvar, kept in the cache -> `Latents`: z_0, eps, t, and psi(P)
+    or, with probability 0.1, psi("") -> `Denoiser`: `diffusion_loss`, Eq. (3)."""
+
     collate = staticmethod(Latents.collate)
 
     def __init__(self, run: Run, settings: Settings):
@@ -879,7 +881,6 @@ class TrainLDM:
         self.network.to(run.device, memory_format=torch.channels_last).train()
         self.ema = Ema(self.network)
         self.optimizer = make_optimizer(self.network, settings)
-        self.optimizers = [self.optimizer]
         self.kept = {"network": self.network, "ema": self.ema.network, "optimizer": self.optimizer}
         if run.activation_checkpointing:                 # after the EMA's copy, which needs none
             checkpoint_activations(unet)
@@ -907,7 +908,7 @@ class TrainLDM:
         places = self.cached(train + val, keys,
                              lambda items: run.data_loader(WholeClips(items, config.seconds), batch_size=None),
                              partial(self.encode_mel, vae), "latents")
-        self.data = Latents(run, train, places[:len(train)], texts, scale_factor, turned=settings.turned)
+        self.data = Latents(run, train, places[:len(train)], texts, scale_factor, rolled=settings.rolled)
         self.val_data = Latents(run, val, places[len(train):], texts, scale_factor, times=even_times(val, run.rates))
 
     def make_text_encoder(self) -> TextEncoder:
@@ -946,7 +947,7 @@ class TrainLDM:
     def encode_caption(self, caption: str) -> Tensor:
         return self.text_encoder.encode([caption])[0][0]                                     # (N, d)
 
-    def step(self, parts: list, _epoch: int) -> dict[str, Tensor]:
+    def step(self, parts: list) -> dict[str, Tensor]:
         return descend(self.distributed, self.optimizer, parts, self.losses)
 
     def losses(self, part: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -1043,8 +1044,6 @@ def parse() -> argparse.Namespace:
     add("--epochs", type=int, help="instead of the preset's")
     add("--batch", type=int, help="items of a step, over all processes, instead of the preset's")
     add("--lr", type=float, help="instead of the preset's")
-    add("--spectral-share", type=float, metavar="SHARE",
-        help="instead of the preset's: the part of a vocoder's epochs, 0 to 1, that does without discriminators")
     add("--accumulate", type=int, default=1, metavar="PARTS", help="take each batch in so many parts, to save memory")
     add("--activation-checkpointing", action="store_true", help="LDM: compute activations twice, to save memory")
     add("--save-minutes", type=float, default=10, metavar="M", help="time between states to go on from (default: 10)")
@@ -1063,19 +1062,19 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raises ValueError for arguments that are wrong whatever the data holds."""
     for rate in args.rates:
         check_rate(rate)
+    for folder in (args.checkpoint, args.cache):
+        if folder and folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; name a folder")
     for name in ("epochs", "batch", "lr", "accumulate"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} must be above 0, got {value}")
-    if args.spectral_share is not None and not 0 <= args.spectral_share <= 1:
-        raise ValueError(f"--spectral-share must be from 0 to 1, got {args.spectral_share}")
     if not 0 <= args.seed < 2 ** 31 or args.workers < 0 or not args.save_minutes >= 0:
         raise ValueError("--seed must be from 0 to 2^31 - 1, --workers and --save-minutes at least 0")
-    for job, names in (("vae", ["decoder_only"]), ("vocoder", ["spectral_share"]),
+    for job, names in (("vae", ["decoder_only"]),
                        ("ldm", ["no_rate_token", "flan_t5", "train_text_encoder", "tokenizer_captions"])):
         for name in names:
-            value = getattr(args, name)
-            if job not in args.jobs and value is not None and value is not False:        # a share of 0 counts
+            if job not in args.jobs and getattr(args, name):
                 raise ValueError(f"--{name.replace('_', '-')} is for the job {job}, which is not asked for")
     if args.no_rate_token and len(set(args.rates)) > 1:
         raise ValueError("--no-rate-token is for one rate; name it with --rates")
@@ -1099,8 +1098,8 @@ def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[
         val, left_out_of_val = find_clips(args.val_data, split="test", **arguments)
         return train, val, left_out + left_out_of_val
     paths = sorted({clip.path for clip in train})                      # a recording may have several captions
-    order = np.random.default_rng(args.seed).permutation(len(paths))
-    held_out = {paths[i] for i in order[:max(1, len(paths) // 10)]}
+    paths.sort(key=lambda path: digest(args.seed, path.name))          # much the same tenth for jobs of other clips
+    held_out = set(paths[:max(1, len(paths) // 10)])
     val = [clip for clip in train if clip.path in held_out]
     train = [clip for clip in train if clip.path not in held_out]
     if not train:
@@ -1122,7 +1121,7 @@ def find_outputs(args: argparse.Namespace) -> dict[str, str]:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
     new_vae = "vae" in outputs and (args.overwrite or not (folder / "vae.pt").exists())
     if new_vae and "ldm" not in outputs and (folder / "unet.pt").exists():
-        # Where unet.pt lies without a vae.pt, such a run has copied it and was stopped before it wrote its own VAE.
+        # unet.pt without vae.pt: an earlier run of this command copied it, and was stopped before it first saved a VAE.
         if not args.decoder_only or latents_differ(folder, args.start_from):
             raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE it was trained with alone; name "
                              f"another --checkpoint, train both anew (vae ldm), or keep the latents with "
@@ -1187,6 +1186,12 @@ def check_ldm(args: argparse.Namespace, config: Config, copies: list[Path]) -> N
     copied = {path.name for path in copies}
     if "vae" not in args.jobs and "vae.pt" not in copied and not (folder / "vae.pt").is_file():
         raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
+    start = args.start_from / "unet.pt" if args.start_from else None
+    if start and start.is_file():
+        try:
+            weights.check(weights.skeleton(UNet, config.unet, folder), weights.read(start), start)
+        except ValueError as error:
+            raise ValueError(f"{error}; from a folder without unet.pt, a U-Net starts at random") from None
 
 
 def check_sizes(jobs: list[str], config: Config, source: Path) -> None:
@@ -1195,14 +1200,11 @@ def check_sizes(jobs: list[str], config: Config, source: Path) -> None:
              "vocoder": (Generator, config.vocoder | {"strides": STRIDES[16_000]})}
     frames = 4                                           # of a mel for one of the latent
     for job in jobs:
-        cls, arguments = sizes[job]
-        try:
-            with torch.device("meta"):                   # shapes alone
-                network = cls(**arguments)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{source}: these sizes do not fit {cls.__name__} ({weights.first_line(error)})") from None
+        network = weights.skeleton(*sizes[job], source)
         if job == "ldm":
             frames *= network.multiple
+            if isinstance(config.text_encoder, dict):
+                check_widths(weights.skeleton(TextEncoder, config.text_encoder, source), network, source)
     if jobs != ["vocoder"] and round(config.seconds * FRAMES_PER_SECOND) % frames:
         raise ValueError(f"{source}: seconds must be a multiple of {frames / FRAMES_PER_SECOND} for these networks, "
                          f"got {config.seconds}")
@@ -1220,13 +1222,13 @@ def make_tokenizer(args: argparse.Namespace, config: Config,
             raise ValueError(f"{args.tokenizer_captions}: no such caption file")
         rows = read_rows(args.tokenizer_captions, args.tokenizer_captions.parent, captions=True, split="train")
         captions |= {row.caption for row in rows}
-    return train_tokenizer(sorted(captions), config.text_encoder["vocabulary"])
+    encoder = weights.skeleton(TextEncoder, config.text_encoder, args.checkpoint / "config.json")
+    return train_tokenizer(sorted(captions), len(encoder.embedding.weight))
 
 
 def pick_settings(args: argparse.Namespace, config: Config) -> dict[str, Settings]:
     """The preset's settings of each job, changed as the arguments say."""
-    names = ("epochs", "batch", "lr", "spectral_share")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    changes = {name: getattr(args, name) for name in ("epochs", "batch", "lr") if getattr(args, name) is not None}
     settings = {job: replace(SETTINGS[config.preset][job], **changes) for job in args.jobs}
     for job in args.jobs:
         if settings[job].batch % (processes() * args.accumulate):
@@ -1254,7 +1256,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
               save_minutes=args.save_minutes, plot=args.plot)
     if not args.overwrite:
         for job in outputs:                              # refuses another run's state
-            read_state(folder / f"{job}_state.pt", run.identity(settings[job.split("_")[0]]))
+            read_state(folder / f"{job}_state.pt", run.identity(job_of(job)))
     report(run, left_out)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1265,7 +1267,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         SRCgAudio.save_config(config, folder)
         if args.overwrite:
             for job in outputs:
-                (folder / f"{job}_state.pt").write_bytes(b"")          # so that it may replace weights in its turn
+                (folder / f"{job}_state.pt").write_bytes(b"")          # leave to replace this job's weights
     return run
 
 
@@ -1277,7 +1279,7 @@ def report(run: Run, left_out: list[str]) -> None:
         say(f"left out: {len(left_out) - 20} more")
     for name, clips in (("train", run.train), ("validate", run.val)):
         files = {clip.path: clip.samples / clip.rate for clip in clips}
-        rates = Counter(rate for _, rate in run.items(clips))
+        rates = Counter(rate for _, rate in run.items(clips, per_recording="ldm" not in run.settings))
         say(f"to {name} on: {len(files)} clips, {sum(files.values()) / 3600:.2f} h, "
             f"{sum(bool(clip.caption) for clip in clips)} captions; "
             + ", ".join(f"{rates[rate]} at {rate} Hz" for rate in run.rates))
@@ -1300,12 +1302,12 @@ def main() -> None:
     with main_process_first():
         run = prepare(args, device)
     if "vae" in args.jobs:
-        fit("vae", TrainVAE, run.settings["vae"], run)
+        fit("vae", TrainVAE, run)
     if "vocoder" in args.jobs:
         for rate in run.rates:
-            fit(f"vocoder_{rate}", partial(TrainVocoder, rate), run.settings["vocoder"], run)
+            fit(f"vocoder_{rate}", partial(TrainVocoder, rate), run)
     if "ldm" in args.jobs:
-        fit("ldm", TrainLDM, run.settings["ldm"], run)
+        fit("ldm", TrainLDM, run)
     say(f"the checkpoint is {run.folder}")
     if dist.is_initialized():
         dist.destroy_process_group()

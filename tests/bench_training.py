@@ -70,7 +70,7 @@ def measure_speed(data: Path) -> None:
                 for step in range(WARM_UP + STEPS):
                     if step == WARM_UP:
                         began = time.perf_counter()
-                    float(job.step([make_part(next(loader))], 0)["loss"])
+                    float(job.step([make_part(next(loader))])["loss"])
                 times[name].append((time.perf_counter() - began) / STEPS)
                 del loader
         rates = {name: settings.batch / statistics.median(seconds) for name, seconds in times.items()}

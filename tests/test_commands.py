@@ -191,7 +191,8 @@ def one_line(status: int, err: str, *parts: str) -> None:
     (["x", "--batch", "0"], ["--batch"]),
     (["x", "--seed", "-1"], ["seed", "from 0"]),
     (["x", "--device", "tpu9"], ["tpu9", "--device cpu"]),
-    (["x", "--device", "meta"], ["meta", "--device cpu"]),
+    (["x", "--device", "meta"], ["meta", "--device cpu"]), (["x", "--device", "hpu"], ["hpu", "--device cpu"]),
+    (["x", "--prompts-file", __file__], ["--prompts-file at once"]),
     (["x", "--out", __file__], ["test_commands.py", "a file"]),
     (["--prompts-file", "not_there.txt"], ["not_there.txt"]),
     (["x", "--checkpoint", "not_there"], ["not_there", "no such checkpoint folder"]),
@@ -236,7 +237,11 @@ CHANGES = {"config of another preset": {"preset": "huge"}, "config without sizes
            "config without an end": {"seconds": math.inf}, "config with a wild guidance": {"guidance": "strong"},
            "config with endless layers": {"text_encoder": {"layers": 10 ** 12}},
            "config with endless widths": {"unet": {"widths": [32] * 2000}}, "config with a list": {"preset": ["tiny"]},
-           "config with no tokens": {"unet": {"tokens": None}}}
+           "config with no tokens": {"unet": {"tokens": None}},
+           "config of a lost FLAN-T5": {"text_encoder": "not/there"},
+           "config with half heads": {"unet": {"heads": [5.0, 10, 10, 20]}},
+           "config with half groups": {"unet": {"groups": 8.0}},
+           "config with an odd context": {"unet": {"context_width": 65}}}
 
 
 @pytest.mark.parametrize("harm, parts", [
@@ -246,6 +251,9 @@ CHANGES = {"config of another preset": {"preset": "huge"}, "config without sizes
     ("config without an end", ["config.json", "seconds"]), ("widths apart", ["config.json", "width is 64", "32"]),
     ("config with endless layers", ["config.json", "layers"]), ("config with a list", ["config.json", "tiny"]),
     ("config with endless widths", ["config.json", "widths are more than"]),
+    ("config with half heads", ["config.json", "heads"]), ("config with half groups", ["config.json", "groups"]),
+    ("config with an odd context", ["config.json", "context_width must be even"]),
+    ("config of a lost FLAN-T5", ["config.json", "text_encoder names not/there"]),
     ("config with no tokens", ["config.json", "tokens must be a list"]),
     ("config with a wild guidance", ["config.json", "guidance"]),
     ("missing file", ["unet.pt", "no such"]), ("truncated file", ["unet.pt", "damaged"]),
@@ -312,8 +320,6 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     (["vae", "--rates", "44100"], ["44100"]),
     (["vae", "--epochs", "0"], ["--epochs"]),
     (["vae", "--lr", "nan"], ["--lr"]),
-    (["vocoder", "--spectral-share", "2"], ["--spectral-share", "0 to 1"]),
-    (["vae", "--spectral-share", "0"], ["--spectral-share", "job vocoder"]),
     (["ldm"], ["vae.pt", "job vae"]),
     (["vae", "--device", "cuda:99"], ["cuda:99"]),
     (["vae", "--start-from", "not_there"], ["not_there"]),
@@ -329,6 +335,7 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     (["vae", "ldm", "--batch", "7", "--accumulate", "2"], ["a batch of 7", "2 equal parts"]),
     (["vae", "--save-minutes", "-1"], ["--save-minutes"]),
     (["vae", "--blacklist", "not_there.json"], ["not_there.json"]),
+    (["vae", "--cache", __file__], ["test_commands.py is a file"]),
 ])
 def test_training_mistakes(command, tmp_path, arguments, parts):
     status, _, err = command("train.py", "--preset", "tiny", *arguments, "--data", few_clips(tmp_path), "--checkpoint",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import judge
 from srcgaudio import RATES
-from vae import VAE, Upsample, sample_posterior, vae_loss
+from vae import VAE, Upsample, sample_posterior, texture, vae_loss
 from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, MultiPeriodDiscriminator, MultiScaleDiscriminator,
                      adversarial_loss, convergence_loss, discriminator_loss, feature_matching_loss, generator_loss,
                      mel_loss, stft_loss)
@@ -46,10 +46,32 @@ def test_normalized_latents_decode_to_the_same():
 
 
 def test_vae_loss_is_l1_and_the_kl_to_a_standard_normal():
-    mel, moments = torch.zeros(1, 4, 64), torch.zeros(1, 8, 1, 16)
-    assert vae_loss(mel, mel + 2, moments, moments, kl_weight=1.0)[0].item() == 2        # N(0, 1): no KL
-    loss, l1 = vae_loss(mel, mel, moments + 1, moments + math.log(4), kl_weight=0.1)
-    assert l1 == 0 and loss.item() == pytest.approx(0.1 * 0.5 * (1 + 4 - 1 - math.log(4)))
+    mel, moments = torch.zeros(1, 20, 64), torch.zeros(1, 8, 5, 16)
+    losses = vae_loss(mel, mel + 2, moments, moments, kl_weight=1.0, flicker_weight=1.0)           # N(0, 1): no KL
+    assert {name: loss.item() for name, loss in losses.items()} == {"loss": 2, "l1": 2, "detail": 0, "flicker": 0}
+    losses = vae_loss(mel, mel, moments + 1, moments + math.log(4), kl_weight=0.1, flicker_weight=1.0)
+    assert losses["l1"] == 0 and losses["loss"].item() == pytest.approx(0.1 * 0.5 * (1 + 4 - 1 - math.log(4)))
+
+
+def test_vae_loss_counts_detail_and_flicker():
+    mel, moments = torch.zeros(1, 20, 64), torch.zeros(1, 8, 5, 16)
+    stripes = mel + torch.tensor([1., 0]).repeat(32)                                     # from band to band
+    losses = vae_loss(mel, stripes, moments, moments, kl_weight=1.0, flicker_weight=3.0)
+    assert {name: loss.item() for name, loss in losses.items()} == {"loss": 1.5, "l1": 0.5, "detail": 1, "flicker": 0}
+    blinking = mel + torch.tensor([1., 0]).repeat(10)[:, None]                    # by 1 from frame to frame, and back
+    losses = vae_loss(mel, blinking, moments, moments, kl_weight=1.0, flicker_weight=3.0)
+    flicker = (math.log(1.02 / 0.02) + math.log(2.02 / 0.02)) / 3                    # across frequency nothing moves
+    assert losses["detail"] == 1 and losses["flicker"].item() == pytest.approx(flicker, rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(0.5 + 1 + 3 * flicker, rel=1e-5)
+
+
+def test_texture_is_the_size_of_a_mels_differences():
+    frame, band = torch.arange(34.)[None, :, None], torch.arange(64.)
+    mel = 3 * frame + 5 * frame ** 2 / 2 + 7 * frame * band                        # second differences of 5 and of 7
+    change, twice, across = texture(mel).exp()[0] - 0.02
+    assert texture(mel).shape == (1, 3, 3, 30)
+    assert torch.allclose(change[:, 0], 3 + 5 * (torch.tensor([0., 8, 16]) + 8) + 7 * 1.5, rtol=1e-3)
+    assert torch.allclose(twice, torch.tensor(5.), rtol=1e-3) and torch.allclose(across, torch.tensor(7.), rtol=1e-3)
 
 
 def test_posterior_samples_have_its_moments():

@@ -23,8 +23,9 @@ from test_paper import gaussian_noise
 
 import train
 import weights
-from srcgaudio import NoiseSchedule, SRCgAudio
-from train import Muon, Plan, Settings, orthogonal, texture, whiten, whiten_patches
+from data import Cache
+from srcgaudio import PRESETS, NoiseSchedule, SRCgAudio
+from train import Muon, Plan, Settings, orthogonal, whiten, whiten_patches
 from unet import UNet
 from vae import VAE
 from vocoder import Conv1d
@@ -89,13 +90,14 @@ def test_processes_and_parts_share_each_batch(monkeypatch):
     assert sorted(taken) == sorted(plan.batch(3))
 
 
-def test_a_vocoder_begins_without_its_discriminators(start, command, tmp_path, monkeypatch):
+def test_a_vocoder_learns_without_discriminators(start, command, tmp_path, monkeypatch):
     monkeypatch.setattr("train.LOG_EVERY", 1)
-    assert command(*start("vocoder", tmp_path / "run", "--spectral-share", 0.75))[0] == 0
-    logged = losses(tmp_path / "run", "vocoder")
-    steps = {int(step) for step, name in logged if name == "train_loss"}
-    judged = {int(step) for step, name in logged if name == "train_discriminators"}
-    assert steps == set(range(1, 9)) and judged == {7, 8}             # eight epochs of four clips, batches of four
+    settings = replace(train.SETTINGS["tiny"]["vocoder"], discriminators=None, muon=True)
+    monkeypatch.setitem(train.SETTINGS["tiny"], "vocoder", settings)
+    assert command(*start("vocoder", tmp_path / "run"))[0] == 0
+    assert {name for _, name in losses(tmp_path / "run", "vocoder")} == {
+        "train_loss", "train_mel", "train_gradient_norm", "val_loss"}
+    assert (tmp_path / "run/vocoder_16000.pt").exists() and not (tmp_path / "run/discriminators_16000.pt").exists()
 
 
 def test_muon_moves_all_directions_alike():
@@ -149,15 +151,6 @@ def test_a_new_vae_sees_more_than_loudness():
         assert plain[0] > 7 * plain[1] and whitened[0] < 6 * whitened[1], (plain, whitened)
 
 
-def test_texture_is_the_size_of_a_mels_differences():
-    frame, band = torch.arange(34.)[None, :, None], torch.arange(64.)
-    mel = 3 * frame + 5 * frame ** 2 / 2 + 7 * frame * band                        # second differences of 5 and of 7
-    change, twice, across = texture(mel).exp()[0] - 0.02
-    assert texture(mel).shape == (1, 3, 3, 30)
-    assert torch.allclose(change[:, 0], 3 + 5 * (torch.tensor([0., 8, 16]) + 8) + 7 * 1.5, rtol=1e-3)
-    assert torch.allclose(twice, torch.tensor(5.), rtol=1e-3) and torch.allclose(across, torch.tensor(7.), rtol=1e-3)
-
-
 class BlindGuess(torch.nn.Module):
     """The best noise for one who knows of z_0 that it is N(0, LATENT_STD^2), and no more."""
 
@@ -171,18 +164,18 @@ class BlindGuess(torch.nn.Module):
         return torch.stack([guess(z, index) for z, index in zip(z_t, t.tolist())])
 
 
-def test_a_turned_latent_is_the_same_sound_begun_elsewhere(cache, clips):
+def test_a_rolled_latent_is_the_same_sound_begun_elsewhere(cache, clips):
     mean = torch.arange(8 * 12 * 16).view(8, 12, 16) / 1000
     cache.add({b"latent": torch.stack([mean, torch.full_like(mean, -30)]).numpy()})          # with next to no variance
 
-    def latents(turned: bool) -> list[torch.Tensor]:
+    def latents(rolled: bool) -> list[torch.Tensor]:
         run, texts = SimpleNamespace(seed=0, cache=cache), {"": [0], clips[0].caption: [1]}
-        data = train.Latents(run, [(clips[0], 16_000)], [cache.find(b"latent")], texts, 1.0, turned)
+        data = train.Latents(run, [(clips[0], 16_000)], [cache.find(b"latent")], texts, 1.0, rolled)
         return [data[epoch, 0][0] for epoch in range(50)]
 
-    assert all(torch.allclose(z_0, mean, atol=1e-3) for z_0 in latents(turned=False))
+    assert all(torch.allclose(z_0, mean, atol=1e-3) for z_0 in latents(rolled=False))
     begins = [next(i for i in range(12) if torch.allclose(z_0, mean.roll(i, dims=1), atol=1e-3))
-              for z_0 in latents(turned=True)]
+              for z_0 in latents(rolled=True)]
     assert set(begins) == set(range(12))
 
 
@@ -278,8 +271,11 @@ def test_a_refused_run_changes_nothing(start, command, tmp_path, checkpoint):
     run = tmp_path / "run"
     assert command(*start("ldm", run, "--epochs", 1))[0] == 0
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    status, _, err = command(*start("ldm", run, "--epochs", 1, "--no-rate-token"))
+    config = SRCgAudio.load_config(run)
+    SRCgAudio.save_config(replace(config, seconds=1.28), run)
+    status, _, err = command(*start("ldm", run, "--epochs", 1))
     one_line(status, err, "ldm_state.pt", "the sizes")
+    SRCgAudio.save_config(config, run)
     SRCgAudio.save_config(replace(SRCgAudio.load_config(checkpoint), preset="small"), tmp_path / "small")
     status, _, err = command(*start("ldm", run, "--epochs", 1, "--overwrite", "--start-from", tmp_path / "small"))
     one_line(status, err, "'small'", "'tiny'")
@@ -344,7 +340,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(start, command, tmp_path, monke
     def break_at_the_third_step(*arguments):
         calls.append(0)
         value = right(*arguments)
-        return value if len(calls) < 3 else tuple(v * torch.nan for v in value) if job == "vae" else value * torch.nan
+        if len(calls) < 3:
+            return value
+        return {name: loss * torch.nan for name, loss in value.items()} if job == "vae" else value * torch.nan
 
     monkeypatch.setattr(f"train.{loss}", break_at_the_third_step)
     status, _, err = command(*start(job, tmp_path / "run", "--save-minutes", 0))
@@ -405,7 +403,7 @@ def test_latents_and_texts_are_computed_once(start, command, tmp_path, monkeypat
 
 def test_the_cache_is_what_the_networks_compute(start, command, tmp_path, monkeypatch, checkpoint):
     jobs = []
-    monkeypatch.setattr("train.fit", lambda name, make_job, settings, run: jobs.append(make_job(run, settings)))
+    monkeypatch.setattr("train.fit", lambda _, make_job, run: jobs.append(make_job(run, run.settings["ldm"])))
     assert command(*start("ldm", tmp_path / "run"))[0] == 0
     data, model = jobs[0].data, SRCgAudio.load(checkpoint, [16_000])
     for i, (clip, rate) in enumerate(data.items):
@@ -422,8 +420,8 @@ def test_the_cache_is_what_the_networks_compute(start, command, tmp_path, monkey
 
 def test_a_recording_is_one_item_however_many_captions_it_has_except_to_the_ldm(start, command, tmp_path, monkeypatch):
     counts = {}
-    monkeypatch.setattr("train.fit", lambda name, make_job, settings, run: counts.update(
-        {name: len(make_job(run, settings).data.items)}))
+    monkeypatch.setattr("train.fit", lambda name, make_job, run: counts.update(
+        {name: len(make_job(run, run.settings[train.job_of(name)]).data.items)}))
     arguments = start("ldm", tmp_path / "run")
     clips = tmp_path / "clips.csv"
     clips.write_text(clips.read_text() + "\n".join(
@@ -469,7 +467,7 @@ def test_gaudio_is_not_told_its_rate(start, command, tmp_path):
     arguments = [a for a in start("ldm", tmp_path / "run", "--no-rate-token") if a != "--start-from"]
     base = arguments.pop(4)
     (tmp_path / "run").mkdir()
-    for name in ("config.json", "vae.pt"):
+    for name in ("config.json", "vae.pt", "vocoder_16000.pt", "vocoder_24000.pt"):
         (tmp_path / "run" / name).write_bytes((base / name).read_bytes())
     status, _, err = command(*arguments)
     assert status == 0, err
@@ -484,7 +482,7 @@ def test_gaudio_is_not_told_its_rate(start, command, tmp_path):
     SRCgAudio.save_config(replace(config, unet=config.unet | {"tokens": []}), tmp_path / "run")
     status, _, err = command(*start("ldm", tmp_path / "more", "--no-rate-token", "--start-from", tmp_path / "run"))
     assert status == 0 and SRCgAudio.load_unet(tmp_path / "more").time_token is None, err
-    assert [path.name for path in (tmp_path / "other").glob("vocoder_*.pt")] == ["vocoder_16000.pt"]
+    assert [path.name for path in (tmp_path / "more").glob("vocoder_*.pt")] == ["vocoder_16000.pt"]
     arguments = [a for a in arguments if a != "--no-rate-token"]
     status, _, err = command(*arguments, "--rates", 16_000, 24_000, "--overwrite")
     one_line(status, err, "not told the rate", "--rates")
@@ -616,6 +614,48 @@ def test_a_unet_is_not_copied_beside_a_vae_of_other_latents(start, command, tmp_
         assert status == 0 and (tmp_path / folder / "unet.pt").exists() == (folder == "same"), err
     status, out, err = command(*start("ldm", tmp_path / "other", "--epochs", 1))             # but it may be the start
     assert status == 0 and "unet.pt, the start, has learnt in the latents of another VAE" in out + err
+
+
+def test_a_start_that_does_not_fit_is_named_before_the_first_step(start, command, tmp_path, checkpoint):
+    script, job, *arguments = start("ldm", tmp_path / "run", "--no-rate-token")
+    status, _, err = command(script, "vae", job, *arguments)
+    one_line(status, err, "unet.pt: unknown tensor rate_token", "a U-Net starts at random")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change, parts", [
+    ({"layer": 2}, ["TextEncoder", "layer"]), ({"width": 32}, ["width is 32", "context_width 64"])])
+def test_a_text_encoder_that_does_not_fit_is_named_before_the_first_step(command, tmp_path, change, parts):
+    config = PRESETS["tiny"]
+    SRCgAudio.save_config(replace(config, text_encoder=config.text_encoder | change), tmp_path / "run")
+    status, _, err = command("train.py", "vae", "ldm", "--data", few_clips(tmp_path), "--checkpoint", tmp_path / "run")
+    one_line(status, err, "config.json", *parts)
+    assert not (tmp_path / "run/vae_state.pt").exists()
+
+
+def test_a_job_goes_on_though_what_others_depend_on_has_changed(start, command, tmp_path, monkeypatch):
+    with monkeypatch.context() as stopping:
+        stopping.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
+        assert command(*start("vocoder", tmp_path / "run"))[0] == 130
+    config = SRCgAudio.load_config(tmp_path / "run")
+    other = replace(config, guidance=2.0, unet=config.unet | {"tokens": ["time"]})
+    SRCgAudio.save_config(other, tmp_path / "run")
+    status, out, err = command(*start("vocoder", tmp_path / "run"))
+    assert status == 0 and "vocoder_16000 goes on from step 2" in out + err, err
+
+
+def test_jobs_hold_out_the_same_recordings(command, tmp_path, clips):
+    """Whether some have no caption or not, so that the VAE does not learn from what the LDM is validated on."""
+    held_out = []
+    for captions in (lambda i: "a dog", lambda i: "a dog" if i else ""):
+        lines = [f"{clip.path},{captions(i)}" for i, clip in enumerate(clips)]
+        (tmp_path / "clips.csv").write_text("\n".join(["path,caption", *lines]))
+        args = SimpleNamespace(data=[[tmp_path / "clips.csv"]], val_data=None, blacklist=[], jobs=["ldm"], seed=0)
+        train_clips, val, _ = train.find_data(args, Cache(tmp_path / "cache"))
+        held_out.append({clip.path for clip in val})
+        assert not held_out[-1] & {clip.path for clip in train_clips}
+    a, b = held_out
+    assert len(a) == 2 and len(b) == 1 and b <= a        # a tenth of 20 and of 19
 
 
 def test_a_vae_may_begin_with_silence():

@@ -478,6 +478,12 @@ def test_half_a_checkpoint_is_half_the_size_and_sounds_the_same(run, checkpoint,
     assert (waves[0] - waves[1]).abs().max() < 0.01 * waves[0].abs().max()
     status, _, err = run(*arguments)
     assert status == 2 and "config.json exists" in err and "--overwrite" in err
+    (tmp_path / "half/config.json").unlink()
+    status, _, err = run(*arguments)
+    assert status == 2 and ".pt exists" in err and "--overwrite" in err
+    (tmp_path / "whole" / "vocoder_48000.pt").unlink()
+    status, _, err = run(*arguments, "--overwrite")
+    assert status == 2 and "vocoder_48000.pt is another model's" in err
 
 
 def test_exports_have_the_published_names_and_shapes():
