@@ -839,29 +839,30 @@ class Latents(Dataset):
                 pad_sequence(texts, batch_first=True), mask)
 
 
-def blind_loss(alpha_bar: Tensor) -> Tensor:
+def blind_loss(alpha_bar: Tensor, std: float) -> Tensor:
     """What Eq. (3) is for one who knows nothing of z_0 but its standard deviation and guesses eps from z_t.
 
-    1 at the first t, 0.001 at t = 900: nearly all of Eq. (3) is about fine detail.  At large t the outline is decided,
-    that of a class at a rate, but it hardly counts, so a small network learns it late.  Divided by this, Eq. (3) counts
-    at all t alike: the weights of Karras et al. 2022 (EDM), with t uniform.
+    At a deviation of 0.3, 1 at the first t and 0.001 at t = 900: nearly all of Eq. (3) is about fine detail.  At large
+    t the outline is decided, that of a class at a rate, but it hardly counts, so a small network learns it late.
+    Divided by this, Eq. (3) counts at all t alike: the weights of Karras et al. 2022 (EDM), with t uniform.
     """
-    signal = alpha_bar * LATENT_STD ** 2
+    signal = alpha_bar * std ** 2
     return signal / (signal + 1 - alpha_bar)
 
 
 class Denoiser(nn.Module):
     """What the LDM's job trains: the U-Net and, if it is trained along, the text encoder."""
 
-    def __init__(self, unet: UNet, text_encoder: TextEncoder | None, balanced: bool):
+    def __init__(self, unet: UNet, text_encoder: TextEncoder | None, std: float | None):
+        """std: of z_0, if all t are to count alike."""
         super().__init__()
-        self.unet, self.text_encoder, self.schedule, self.balanced = unet, text_encoder, NoiseSchedule(), balanced
+        self.unet, self.text_encoder, self.schedule, self.std = unet, text_encoder, NoiseSchedule(), std
 
     def forward(self, z_0: Tensor, eps: Tensor, t: Tensor, rate: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Eq. (3) for each item of a batch, (B,), from what `Latents.collate` gives; balanced: over `blind_loss`."""
+        """Eq. (3) for each item of a batch, (B,), from what `Latents.collate` gives; balanced, over `blind_loss`."""
         psi = text if self.text_encoder is None else self.text_encoder(text, text_mask)      # (B, N, d)
         loss = diffusion_loss(self.unet, self.schedule, z_0, rate, psi, text_mask, t, eps)
-        return loss / blind_loss(self.schedule.alpha_bar.to(z_0)[t]) if self.balanced else loss
+        return loss / blind_loss(self.schedule.alpha_bar.to(z_0)[t], self.std) if self.std else loss
 
 
 class TrainLDM:
@@ -877,7 +878,10 @@ class TrainLDM:
         self.text_encoder = self.make_text_encoder().to(run.device).requires_grad_(run.train_text_encoder)
         unet = run.network(UNet, config.unet, "unet.pt")
         check_widths(self.text_encoder, unet, folder / "config.json")
-        self.network = Denoiser(unet, self.text_encoder if run.train_text_encoder else None, settings.balanced)
+        scale_factor = vae.scale_factor.item()
+        std = LATENT_STD if math.isclose(scale_factor, LATENT_STD, rel_tol=1e-6) else 1.0    # as AudioLDM scales
+        self.network = Denoiser(unet, self.text_encoder if run.train_text_encoder else None,
+                                std if settings.balanced else None)
         self.network.to(run.device, memory_format=torch.channels_last).train()
         self.ema = Ema(self.network)
         self.optimizer = make_optimizer(self.network, settings)
@@ -887,7 +891,6 @@ class TrainLDM:
         self.distributed = distribute(self.network)
 
         # The frozen parts run once.  What they made is found again by what they made it from.
-        scale_factor = vae.scale_factor.item()
         vae_digest, text_digest = latent_digest(vae), network_digest(self.text_encoder)
         self.identity = {"the VAE": f"{vae_digest.hex()}, {scale_factor}", "the text encoder": text_digest.hex()}
         captions = sorted({clip.caption for clip in run.train + run.val} | {""})
