@@ -9,6 +9,7 @@ whose ids name the files (as a test set has them).
 import argparse
 import csv
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -119,12 +120,14 @@ def output_path(folder: Path, name: str, rate: int, suffix: str) -> Path:
 
 def write_wav(wave: Tensor, rate: int, path: Path) -> None:
     """A wave (L,) as 16-bit WAV, through a new file and a rename.  Nothing can clip: a vocoder ends in tanh."""
+    sound = io.BytesIO()                                 # libsndfile's own errors of a full disk say little
+    soundfile.write(sound, wave.numpy(), rate, subtype="PCM_16", format="WAV")
     new = path.with_name(path.name + ".new")
     try:
-        soundfile.write(new, wave.numpy(), rate, subtype="PCM_16", format="WAV")
+        new.write_bytes(sound.getvalue())
         os.replace(new, path)
-    except soundfile.SoundFileError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
     finally:
         new.unlink(missing_ok=True)
 

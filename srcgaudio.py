@@ -673,8 +673,8 @@ class SRCgAudio:
 def exit_cleanly(main) -> None:
     """Run a command: a user's mistake ends in one line on stderr and status 2, Ctrl-C in status 130."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    for stream in filter(None, (sys.stdout, sys.stderr)):              # a prompt may have characters that a terminal lacks
-        stream.reconfigure(errors="backslashreplace")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")    # a prompt may have characters that the terminal lacks
     try:
         main()
     except KeyboardInterrupt:

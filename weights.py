@@ -326,7 +326,7 @@ def replace_file(path: str | Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except RuntimeError as error:                        # how torch reports a failed write
+    except (OSError, RuntimeError) as error:             # torch's is the second
         raise OSError(f"cannot write {path}: {first_line(error)}") from None
     finally:
         new.unlink(missing_ok=True)

@@ -175,7 +175,7 @@ def test_spectrograms_are_drawn(checkpoint, command, tmp_path):
 
 
 def one_line(status: int, err: str, *parts: str) -> None:
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
     assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
     assert all(part in lines[0] for part in parts), err
 
@@ -383,6 +383,14 @@ def test_a_full_disk_loses_nothing(checkpoint, tmp_path):
                             text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     one_line(result.returncode, result.stderr, "vae.pt")
     assert (checkpoint / "vae.pt").read_bytes() == before and not (checkpoint / "vae.pt.new").exists()
+
+
+def test_a_full_disk_is_named_when_sampling(checkpoint, tmp_path):
+    arguments = ["rain", "--steps", "1", "--seconds", "0.5", "--checkpoint", checkpoint, "--out", tmp_path]
+    result = subprocess.run([sys.executable, "sample.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000)))
+    one_line(result.returncode, result.stderr, "cannot write", "rain_16000.wav", "too large")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_memory_is_one_line(capsys):
