@@ -30,7 +30,7 @@ import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -430,11 +430,13 @@ def fit(name: str, make_job, run: Run) -> None:
         return time.monotonic()
 
     barrier()                                            # all have read the state before it is written again
-    with (open_log(log_path, log_bytes) as file, stop_when_asked() as asked,
+    with (open_log(log_path, log_bytes) as file, stop_when_asked() as asked, ExitStack() as stack,
           tqdm(total=plan.steps, initial=step, desc=name, disable=rank() > 0) as bar):
         log = csv.writer(file, lineterminator="\n")
         saved = save_state() if rank() == 0 else 0.0     # at step 0 too: the same start, however soon it is stopped
         loader = iter(run.data_loader(job.data, batch_sampler=plan.parts(step), collate_fn=job.collate))
+        if run.workers:                                  # an error would keep the loader, and this process wait for them
+            stack.callback(loader._shutdown_workers)
         while step < plan.steps:
             for part in job.kept.values():
                 if isinstance(part, torch.optim.Optimizer):

@@ -2,6 +2,7 @@
 regimes."""
 import csv
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -330,6 +331,7 @@ def test_a_recording_that_vanishes_is_named(start, command, tmp_path, monkeypatc
     monkeypatch.setattr("train.report", lambda *_: [path.unlink() for path in tmp_path.rglob("*.ogg")])
     status, _, err = command(*start("vae", tmp_path / "run", "--workers", 1))
     assert status == 2 and "Traceback" not in err and err.splitlines()[-1].endswith(".ogg: no such audio file")
+    assert not multiprocessing.active_children()         # or the command would wait for them at its end
 
 
 @pytest.mark.parametrize("job", JOBS)
