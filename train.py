@@ -435,7 +435,7 @@ def fit(name: str, make_job, run: Run) -> None:
         log = csv.writer(file, lineterminator="\n")
         saved = save_state() if rank() == 0 else 0.0     # at step 0 too: the same start, however soon it is stopped
         loader = iter(run.data_loader(job.data, batch_sampler=plan.parts(step), collate_fn=job.collate))
-        if run.workers:                                  # an error would keep the loader, and this process wait for them
+        if run.workers:                                  # an error would keep the loader, and the process wait for it
             stack.callback(loader._shutdown_workers)
         while step < plan.steps:
             for part in job.kept.values():
