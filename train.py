@@ -603,11 +603,11 @@ class TrainVAE:
         if run.decoder_only:                             # the latents stay, and an LDM in them
             self.network.encoder.requires_grad_(False)
             self.network.quant_conv.requires_grad_(False)
-            # DDIM ends at alpha_bar_0, not at 1: it leaves noise in z_0, at LATENT_STD a tenth of the latent's spread.
+            # DDIM ends at alpha_bar[0], not at 1: it leaves noise in z_0, at LATENT_STD a tenth of the latent's spread.
             # A decoder that has not met it turns it into flicker; one that has smooths away all that is as fine, so
             # flicker counts more here.
-            alpha_bar_0 = NoiseSchedule().alpha_bar[0].item()
-            self.ddim_noise = (1 - alpha_bar_0) ** 0.5 / self.network.scale_factor.item()
+            alpha_bar = NoiseSchedule().alpha_bar[0].item()
+            self.ddim_noise = (1 - alpha_bar) ** 0.5 / self.network.scale_factor.item()
             self.flicker_weight = 5.0
         self.ema = Ema(self.network)
         self.optimizer = make_optimizer(self.network, settings)

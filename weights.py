@@ -289,8 +289,9 @@ def load(module: nn.Module, weights: Weights, source: str | Path, names: Names =
 
 
 def skeleton(module_class, arguments: dict, source: str | Path, most: int = 1000) -> nn.Module:
-    """The module that `arguments` describe, of shapes alone, with at most so many layers, blocks or widths.
+    """The module that `arguments` describe, of shapes alone: it takes no memory.
 
+    most: layers, blocks or widths that it may have; a forged number of them would be built without end.
     Raises ValueError naming `source`, which holds the arguments.
     """
     try:
@@ -504,8 +505,7 @@ def halve_checkpoint(args: argparse.Namespace) -> None:
     from srcgaudio import SRCgAudio                      # which imports this module
 
     model = SRCgAudio.load(args.checkpoint)
-    there = [args.out / "config.json", *args.out.glob("*.pt")]
-    for path in there:
+    for path in (args.out / "config.json", *args.out.glob("*.pt")):
         if path.exists() and not args.overwrite:
             raise ValueError(f"{path} exists; name another --out, or say --overwrite")
         if re.match(r"vocoder_\d", path.name) and not (args.checkpoint / path.name).exists():

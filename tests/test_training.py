@@ -618,7 +618,7 @@ def test_a_unet_is_not_copied_beside_a_vae_of_other_latents(start, command, tmp_
     assert status == 0 and "unet.pt, the start, has learnt in the latents of another VAE" in out + err
 
 
-def test_a_start_that_does_not_fit_is_named_before_the_first_step(start, command, tmp_path, checkpoint):
+def test_a_start_that_does_not_fit_is_named_before_the_first_step(start, command, tmp_path):
     script, job, *arguments = start("ldm", tmp_path / "run", "--no-rate-token")
     status, _, err = command(script, "vae", job, *arguments)
     one_line(status, err, "unet.pt: unknown tensor rate_token", "a U-Net starts at random")
@@ -646,7 +646,7 @@ def test_a_job_goes_on_though_what_others_depend_on_has_changed(start, command, 
     assert status == 0 and "vocoder_16000 goes on from step 2" in out + err, err
 
 
-def test_jobs_hold_out_the_same_recordings(command, tmp_path, clips):
+def test_jobs_hold_out_the_same_recordings(tmp_path, clips):
     """Whether some have no caption or not, so that the VAE does not learn from what the LDM is validated on."""
     held_out = []
     for captions in (lambda i: "a dog", lambda i: "a dog" if i else ""):
