@@ -120,8 +120,13 @@ def train_judge(judge: nn.Module, heard: Tensor, labels: Tensor, epochs: int, au
     return judge.eval()
 
 
+def named(judge: nn.Module, heard: Tensor) -> Tensor:
+    """Which class or rate the judge hears in each item, (N, ...) -> (N,)."""
+    return torch.cat([judge(part) for part in heard.split(64)]).argmax(1)
+
+
 def share_right(judge: nn.Module, heard: Tensor, labels: Tensor) -> float:
-    return (torch.cat([judge(part) for part in heard.split(64)]).argmax(1) == labels).float().mean().item()
+    return (named(judge, heard) == labels).float().mean().item()
 
 
 def shifted_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -184,19 +189,7 @@ def draw(pairs: list[tuple[str, Tensor, Tensor]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def generate(model: SRCgAudio, prompts: list[str], rate: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """-> mels before the vocoder (B, T, 64), and waves (B, L)."""
-    mels, waves = [], []
-    for first in trange(0, len(prompts), args.batch, desc=f"{rate} Hz", leave=False):
-        mel = model.generate_mel(prompts[first:first + args.batch], rate, steps=args.steps, guidance=args.guidance,
-                                 seed=args.seed + first)
-        waves.append(model.vocoders[rate](mel))          # in float32, as SRCgAudio.generate does
-        mels.append(mel)
-    return torch.cat(mels), torch.cat(waves)
-
-
-@torch.no_grad()
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", type=Path, required=True, help="a CSV with the columns path, caption and class")
     parser.add_argument("--val", type=Path, required=True, help="the same")
@@ -211,113 +204,165 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw mels there (takes matplotlib)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def read_tables(args: argparse.Namespace) -> tuple[list[dict], list[dict], list[str]]:
+    """The rows of both tables, and the names of the classes.  Raises ValueError for what can't be judged."""
+    tables = []
+    for path in (args.train, args.val):
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or not all(row.get(name) for row in rows for name in ("path", "caption", "class")):
+            raise ValueError(f"{path}: no CSV with path, caption and class in every row")
+        tables.append(rows)
+    names, val_names = ({row["class"] for row in rows} for rows in tables)
+    if val_names != names:
+        raise ValueError(f"{args.val}: its classes are not those of {args.train}")
+    if names - set(NEW_WORDINGS):
+        raise ValueError(f"{args.train}: {', '.join(names - set(NEW_WORDINGS))}: add new wordings to {__file__}")
+    if args.clips < 2 * len(names):                      # for the distance between two clips of a prompt
+        raise ValueError(f"--clips must be at least twice the number of classes, {2 * len(names)}, got {args.clips}")
+    return *tables, sorted(names)
+
+
+def through_vae(model: SRCgAudio, mels: Tensor, noise: float = 0.0) -> Tensor:
+    """Mels (B, T, 64) as they come back from the VAE, with noise of that deviation in the latent."""
+    parts = []
+    for part in tqdm(mels.split(8), "VAE", leave=False):
+        with autocast(model.device, model.precision):
+            z = model.vae.encode(part)[0]
+            parts.append(model.vae.decode(z + noise * torch.randn_like(z)))
+    return torch.cat(parts)
+
+
+def train_judges(model: SRCgAudio, train: Recordings, val: Recordings, classes: int,
+                 epochs: int) -> tuple[Judge, RateJudge]:
+    """The judges of the class and of the rate.  Prints how often they are right on `val`."""
+    (real, labels, rates), (real_val, labels_val, rates_val) = (
+        (torch.cat(list(data.mels.values())), data.labels.repeat(len(RATES)),
+         torch.arange(len(RATES), device=model.device).repeat_interleave(len(data.labels))) for data in (train, val))
+    # What the LDM makes lacks what the VAE drops, and should not be judged by it: the rate's judge learns from both.
+    heard = flicker(torch.cat([real, through_vae(model, real)]))
+    with torch.enable_grad():
+        class_judge = train_judge(Judge(classes), real, labels, epochs, roughen)
+        rate_judge = train_judge(RateJudge(len(RATES)), heard, rates.repeat(2), epochs)
+    print(f"of real clips that they have not heard, the judge of the class is right on "
+          f"{share_right(class_judge, real_val, labels_val):.0%}, that of the rate on "
+          f"{share_right(rate_judge, flicker(real_val), rates_val):.0%}", flush=True)
+    return class_judge, rate_judge
+
+
+def vocode(model: SRCgAudio, mels: Tensor, rate: int) -> Tensor:
+    """Mels (B, T, 64) -> waves (B, L), in float32, as SRCgAudio.generate makes them."""
+    return torch.cat([model.vocoders[rate](part) for part in mels.split(8)])
+
+
+def judge_copies(model: SRCgAudio, val: Recordings, rate_judge: RateJudge, rates: list[int]) -> None:
+    """Prints what VAE and vocoders make of real mels."""
+    # What DDIM leaves in z_0 (NoiseSchedule.ddim), in the latent before its scale
+    ddim_noise = (1 - model.schedule.alpha_bar[0].item()) ** 0.5 / model.vae.scale_factor.item()
+    print("\n| rate | mel -> VAE -> mel, L1 | with the noise that DDIM leaves | movement of bands, real / with that "
+          "noise | taken for their rate, real / with that noise | mel -> wave -> mel, L1 | with the VAE, L1 |\n"
+          + "|---" * 7 + "|")
+    for rate in rates:
+        mels = val.mels[rate]
+        passed, noisy = through_vae(model, mels), through_vae(model, mels, ddim_noise)
+        index = torch.tensor(list(RATES).index(rate), device=model.device)
+        right = [f"{share_right(rate_judge, flicker(heard), index):.0%}" for heard in (mels, noisy)]
+        copied, copied_after_vae = (mel_spectrogram(vocode(model, heard, rate), rate) for heard in (mels, passed))
+        print(f"| {rate} | {mel_loss(mels, passed):.2f} | {mel_loss(mels, noisy):.2f} "
+              f"| {movement(mels):.2f} / {movement(noisy):.2f} | {' / '.join(right)} "
+              f"| {mel_loss(mels, copied):.2f} | {mel_loss(mels, copied_after_vae):.2f} |", flush=True)
+
+
+def generate(model: SRCgAudio, prompts: list[str], rate: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """-> mels before the vocoder (B, T, 64), and waves (B, L)."""
+    mels = torch.cat([model.generate_mel(prompts[first:first + args.batch], rate, steps=args.steps,
+                                         guidance=args.guidance, seed=args.seed + first)
+                      for first in trange(0, len(prompts), args.batch, desc=f"{rate} Hz", leave=False)])
+    return mels, vocode(model, mels, rate)
+
+
+def spread(heard: Tensor, prompts: list[str], captions: dict[str, list[str]], val: Recordings, rate: int) -> float:
+    """How much the generated mels of one prompt differ from each other, over how much real clips of its class do."""
+    shares = []
+    for i, captions_of_class in enumerate(captions.values()):
+        real = between(val.mels[rate][val.labels == i])
+        for caption in captions_of_class:
+            of_one = [k for k, prompt in enumerate(prompts) if prompt == caption]
+            if len(of_one) > 1:
+                shares.append(between(heard[of_one]) / real)
+    return sum(shares) / len(shares)
+
+
+def nearest_recording(heard: Tensor, labels: Tensor, train: Recordings, val: Recordings, rate: int) -> list[float]:
+    """How near the nearest of the generated mels, and of real ones, comes to a recording of the training: over the
+    median of real ones of its class, since rain lies nearer to rain than a bark to a bark."""
+    distances, of_real = (shifted_distances(mels, train.mels[rate]).amin(1) for mels in (heard, val.mels[rate]))
+    medians = torch.stack([of_real[val.labels == i].median() for i in range(int(labels.max()) + 1)])
+    return [(distances / medians[labels]).min().item(), (of_real / medians[val.labels]).min().item()]
+
+
+def judge_highs(model: SRCgAudio, waves: Tensor, labels: Tensor, train: Recordings, val: Recordings,
+                names: list[str]) -> None:
+    """Prints the highs of 48 kHz waves (N, L), class by class, beside those of real ones."""
+    print("\n| class | energy above 8 kHz at 48 kHz, generated / real / those through the vocoder / real ones of the "
+          "training | above 12 kHz |\n" + "|---" * 3 + "|")
+    kinds = ((waves, labels), (val.waves, val.labels), (vocode(model, val.mels[48_000], 48_000), val.labels),
+             (train.waves, train.labels))
+    for i, name in enumerate(names):
+        shares = [" / ".join(f"{share_above(sound[of == i], hz):.4f}" for sound, of in kinds) for hz in (8_000, 12_000)]
+        print(f"| {name} | {shares[0]} | {shares[1]} |")
+
+
+@torch.no_grad()
+def main() -> None:
+    args = parse()
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     model = SRCgAudio.load(args.checkpoint, args.rates).to(device)
-
-    rows = {}
-    for path in (args.train, args.val):
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows[path] = list(csv.DictReader(file))
-        if not rows[path] or not all(row.get(name) for row in rows[path] for name in ("path", "caption", "class")):
-            raise ValueError(f"{path}: no CSV with path, caption and class in every row")
-    names = sorted({row["class"] for row in rows[args.train]})
-    if {row["class"] for row in rows[args.val]} != set(names):
-        raise ValueError(f"{args.val}: its classes are not those of {args.train}")
-    if set(names) - set(NEW_WORDINGS):
-        raise ValueError(f"{args.train}: {', '.join(set(names) - set(NEW_WORDINGS))}: add new wordings to {__file__}")
+    train_rows, val_rows, names = read_tables(args)
     if args.pictures:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--pictures takes matplotlib, which is not installed: pip install matplotlib")
         args.pictures.mkdir(parents=True, exist_ok=True)
-    if args.clips < 2 * len(names):                      # for the distance between two clips of a prompt
-        raise ValueError(f"--clips must be at least twice the number of classes, {2 * len(names)}, got {args.clips}")
+    train, val = (Recordings(rows, names, args.audio, model.config.seconds, device) for rows in (train_rows, val_rows))
+    class_judge, rate_judge = train_judges(model, train, val, len(names), args.epochs)
+    judge_copies(model, val, rate_judge, args.rates)
 
-    leftover = (1 - model.schedule.alpha_bar[0].item()) ** 0.5 / model.vae.scale_factor.item()
-
-    def through_vae(mels: Tensor, noise: float = 0.0) -> Tensor:
-        with autocast(device, model.precision):
-            z = model.vae.encode(mels)[0]
-            return model.vae.decode(z + noise * torch.randn_like(z))
-
-    train, val = (Recordings(rows[path], names, args.audio, model.config.seconds, device)
-                  for path in (args.train, args.val))
-    class_judge, rate_judge = Judge(len(names)), RateJudge(len(RATES))
-    (real, classes, rates), (real_val, classes_val, rates_val) = (
-        (torch.cat(list(data.mels.values())), data.labels.repeat(len(RATES)),
-         torch.arange(len(RATES), device=device).repeat_interleave(len(data.labels))) for data in (train, val))
-    # What the LDM makes lacks what the VAE drops, and should not be judged by it: the rate's judge learns from both.
-    blurred = torch.cat([through_vae(part) for part in tqdm(real.split(8), "VAE", leave=False)])
-    with torch.enable_grad():
-        train_judge(class_judge, real, classes, args.epochs, roughen)
-        train_judge(rate_judge, flicker(torch.cat([real, blurred])), rates.repeat(2), args.epochs)
-    print(f"of real clips that they have not heard, the judge of the class is right on "
-          f"{share_right(class_judge, real_val, classes_val):.0%}, that of the rate on "
-          f"{share_right(rate_judge, flicker(real_val), rates_val):.0%}", flush=True)
-
-    print("\n| rate | mel -> VAE -> mel, L1 | with the noise that DDIM leaves | movement of bands, real / with that "
-          "noise | taken for their rate, real / with that noise | mel -> wave -> mel, L1 | with the VAE, L1 |\n"
-          + "|---" * 7 + "|")
-    for rate in args.rates:
-        mels = val.mels[rate]
-        passed, noisy = (torch.cat([through_vae(part, noise) for part in mels.split(8)]) for noise in (0.0, leftover))
-        copies, copies_after_vae = (
-            torch.cat([model.vocoders[rate](part) for part in heard.split(8)]) for heard in (mels, passed))
-        right = (share_right(rate_judge, flicker(heard), torch.tensor(list(RATES).index(rate), device=device))
-                 for heard in (mels, noisy))
-        print(f"| {rate} | {mel_loss(mels, passed):.2f} | {mel_loss(mels, noisy):.2f} "
-              f"| {movement(mels):.2f} / {movement(noisy):.2f} | {' / '.join(f'{share:.0%}' for share in right)} "
-              f"| {mel_loss(mels, mel_spectrogram(copies, rate)):.2f} "
-              f"| {mel_loss(mels, mel_spectrogram(copies_after_vae, rate)):.2f} |", flush=True)
-
-    captions = {name: sorted({row["caption"] for row in rows[args.train] if row["class"] == name}) for name in names}
+    captions = {name: sorted({row["caption"] for row in train_rows if row["class"] == name}) for name in names}
     labels = torch.arange(args.clips, device=device) % len(names)
     turns = [(names[i % len(names)], i // len(names)) for i in range(args.clips)]        # class after class
     known = [captions[name][turn // 2 % len(captions[name])] for name, turn in turns]    # each at least twice
     new = [NEW_WORDINGS[name][turn % len(NEW_WORDINGS[name])] for name, turn in turns]
+    waves, heard, right = {}, {}, {}                     # by rate
     print("\n| rate | class right, mels before the vocoder | waves | new wordings | mels taken for "
           + ", ".join(map(str, RATES)) + " | distance between seeds / real "
           "| nearest training clip, and that of a real one, / median of real ones of the class |\n" + "|---" * 7 + "|")
-    by_class, waves, at_all_rates = {name: [] for name in names}, None, []
     for rate in args.rates:
-        mels, waves = generate(model, known, rate, args)
-        heard = mel_spectrogram(waves, rate)
-        predicted = torch.cat([class_judge(part) for part in heard.split(64)]).argmax(1)
-        for i, name in enumerate(names):
-            by_class[name].append((predicted == labels)[labels == i].float().mean().item())
-        pairs = [(name, val.mels[rate][val.labels == i][0], heard[i]) for i, name in enumerate(names)]
-        at_all_rates.append((f"{names[0]}, {rate // 1000} kHz", *pairs[0][1:]))
+        mels, waves[rate] = generate(model, known, rate, args)
         _, new_waves = generate(model, new, rate, args)
-        taken_for = torch.bincount(rate_judge(flicker(mels)).argmax(1), minlength=len(RATES)) / args.clips
-        # Seeds of one prompt against real clips of its class
-        spreads = [(between(heard[[i for i, text in enumerate(known) if text == caption]]),
-                    between(val.mels[rate][val.labels == names.index(name)]))
-                   for name in names for caption in captions[name] if known.count(caption) > 1]
-        diversity = sum(a / b for a, b in spreads) / len(spreads) if spreads else float("nan")
-        # Rain lies nearer to rain than a bark to a bark: each is measured by real clips of its class
-        nearest, of_real = (shifted_distances(mels, train.mels[rate]).amin(1) for mels in (heard, val.mels[rate]))
-        medians = torch.stack([of_real[val.labels == i].median() for i in range(len(names))])
-        print(f"| {rate} | {share_right(class_judge, mels, labels):.0%} "
-              f"| {(predicted == labels).float().mean():.0%} "
+        heard[rate] = mel_spectrogram(waves[rate], rate)
+        right[rate] = named(class_judge, heard[rate]) == labels
+        taken_for = torch.bincount(named(rate_judge, flicker(mels)), minlength=len(RATES)) / args.clips
+        nearest = nearest_recording(heard[rate], labels, train, val, rate)
+        print(f"| {rate} | {share_right(class_judge, mels, labels):.0%} | {right[rate].float().mean():.0%} "
               f"| {share_right(class_judge, mel_spectrogram(new_waves, rate), labels):.0%} "
-              f"| {', '.join(f'{share:.0%}' for share in taken_for.tolist())} | {diversity:.2f} "
-              f"| {(nearest / medians[labels]).min():.2f}, {(of_real / medians[val.labels]).min():.2f} |",
+              f"| {', '.join(f'{share:.0%}' for share in taken_for.tolist())} "
+              f"| {spread(heard[rate], known, captions, val, rate):.2f} | {nearest[0]:.2f}, {nearest[1]:.2f} |",
               flush=True)
 
-    if args.pictures:
-        draw(pairs, args.pictures / "classes.png")
-        draw(at_all_rates, args.pictures / "rates.png")
-
-    print("\n| class | right at " + ", ".join(map(str, args.rates))
-          + " | energy above 8 kHz at 48 kHz, generated / real / those through the vocoder / real ones of the training "
-          "| above 12 kHz |\n"
-          + "|---" * 4 + "|")
+    print("\n| class | waves right at " + ", ".join(map(str, args.rates)) + " |\n" + "|---" * 2 + "|")
     for i, name in enumerate(names):
-        shares = [" / ".join(f"{share_above(sound[of == i], hz):.4f}" for sound, of in (
-                      (waves, labels), (val.waves, val.labels), (copies, val.labels), (train.waves, train.labels)))
-                  for hz in (8_000, 12_000)] if args.rates[-1] == 48_000 else ["", ""]
-        print(f"| {name} | {', '.join(f'{share:.0%}' for share in by_class[name])} | {shares[0]} | {shares[1]} |")
+        print(f"| {name} | {', '.join(f'{right[rate][labels == i].float().mean():.0%}' for rate in args.rates)} |")
+    if 48_000 in args.rates:
+        judge_highs(model, waves[48_000], labels, train, val, names)
+    if args.pictures:
+        first = {rate: [(val.mels[rate][val.labels == i][0], heard[rate][i]) for i in range(len(names))]
+                 for rate in args.rates}
+        draw([(name, *pair) for name, pair in zip(names, first[args.rates[-1]])], args.pictures / "classes.png")
+        draw([(f"{names[0]}, {rate // 1000} kHz", *first[rate][0]) for rate in args.rates], args.pictures / "rates.png")
 
 
 if __name__ == "__main__":
