@@ -30,7 +30,7 @@ import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -172,8 +172,14 @@ class Run:
         say(f"starting from {path}")
         return load_part(cls, arguments, path, self.folder / "config.json")
 
-    def data_loader(self, data: Dataset, **arguments) -> DataLoader:
-        return DataLoader(data, num_workers=self.workers, worker_init_fn=ignore_signals, **arguments)
+    def batches(self, data: Dataset, **arguments) -> Iterator:
+        """What a loader of `data` gives.  Its workers end with it: else a command that fails would wait for them."""
+        loader = iter(DataLoader(data, num_workers=self.workers, worker_init_fn=ignore_signals, **arguments))
+        try:
+            yield from loader
+        finally:
+            if self.workers:
+                loader._shutdown_workers()
 
 
 def ignore_signals(_worker: int) -> None:
@@ -430,18 +436,16 @@ def fit(name: str, make_job, run: Run) -> None:
         return time.monotonic()
 
     barrier()                                            # all have read the state before it is written again
-    with (open_log(log_path, log_bytes) as file, stop_when_asked() as asked, ExitStack() as stack,
+    with (open_log(log_path, log_bytes) as file, stop_when_asked() as asked,
+          closing(run.batches(job.data, batch_sampler=plan.parts(step), collate_fn=job.collate)) as batches,
           tqdm(total=plan.steps, initial=step, desc=name, disable=rank() > 0) as bar):
         log = csv.writer(file, lineterminator="\n")
         saved = save_state() if rank() == 0 else 0.0     # at step 0 too: the same start, however soon it is stopped
-        loader = iter(run.data_loader(job.data, batch_sampler=plan.parts(step), collate_fn=job.collate))
-        if run.workers:                                  # an error would keep the loader, and the process wait for it
-            stack.callback(loader._shutdown_workers)
         while step < plan.steps:
             for part in job.kept.values():
                 if isinstance(part, torch.optim.Optimizer):
                     part.param_groups[0]["lr"] = settings.lr * (1 - step / plan.steps)
-            losses = job.step([next(loader) for _ in range(run.accumulate)])
+            losses = job.step([next(batches) for _ in range(run.accumulate)])
             losses = mean_over_processes(losses | {"stop": asked.to(run.device)})
             stop = losses.pop("stop") > 0
             if not all(map(math.isfinite, losses.values())):
@@ -672,7 +676,7 @@ class TrainVocoder:
         self.run, self.rate = run, rate
         self.data = Crops(run, run.items(run.train, [rate], per_recording=True), settings)
         self.val_items = run.items(run.val, [rate], per_recording=True)
-        plain = Generator(strides=STRIDES[rate], **run.config.vocoder)
+        plain = Generator(**run.config.vocoder | {"strides": STRIDES[rate]})
         self.discriminators = None
         if settings.discriminators:
             self.discriminators = Discriminators(*settings.discriminators).to(run.device)
@@ -881,7 +885,8 @@ class TrainLDM:
         unet = run.network(UNet, config.unet, "unet.pt")
         check_widths(self.text_encoder, unet, folder / "config.json")
         scale_factor = vae.scale_factor.item()
-        std = LATENT_STD if math.isclose(scale_factor, LATENT_STD, rel_tol=1e-6) else 1.0    # as AudioLDM scales
+        # `weights.py halve` rounds 0.3; AudioLDM scales to 1
+        std = LATENT_STD if math.isclose(scale_factor, LATENT_STD, rel_tol=1e-3) else 1.0
         self.network = Denoiser(unet, self.text_encoder if run.train_text_encoder else None,
                                 std if settings.balanced else None)
         self.network.to(run.device, memory_format=torch.channels_last).train()
@@ -911,7 +916,7 @@ class TrainLDM:
         keys = [digest("latent", vae_digest, run.precision, config.seconds, rate, files[clip.path])
                 for clip, rate in train + val]
         places = self.cached(train + val, keys,
-                             lambda items: run.data_loader(WholeClips(items, config.seconds), batch_size=None),
+                             lambda items: run.batches(WholeClips(items, config.seconds), batch_size=None),
                              partial(self.encode_mel, vae), "latents")
         self.data = Latents(run, train, places[:len(train)], texts, scale_factor, rolled=settings.rolled)
         self.val_data = Latents(run, val, places[len(train):], texts, scale_factor, times=even_times(val, run.rates))

@@ -65,14 +65,14 @@ def measure_speed(data: Path) -> None:
         times = {name: [] for name in sides}
         for _ in range(BLOCKS):
             for name, (data, collate, make_part) in sides.items():
-                loader = iter(run.data_loader(data, batch_sampler=plan.parts(0), collate_fn=collate))
+                batches = run.batches(data, batch_sampler=plan.parts(0), collate_fn=collate)
                 began = 0.0
                 for step in range(WARM_UP + STEPS):
                     if step == WARM_UP:
                         began = time.perf_counter()
-                    float(job.step([make_part(next(loader))])["loss"])
+                    float(job.step([make_part(next(batches))])["loss"])
                 times[name].append((time.perf_counter() - began) / STEPS)
-                del loader
+                batches.close()
         rates = {name: settings.batch / statistics.median(seconds) for name, seconds in times.items()}
         for name, rate in rates.items():
             print(f"{name}: {rate:.2f} samples a second")

@@ -189,6 +189,18 @@ def test_a_balanced_loss_is_one_at_every_t_for_a_blind_guess():
     assert torch.allclose(balanced, torch.ones(5), rtol=0.03) and plain[0] > 0.9 and plain[-1] < 1e-3
 
 
+def test_a_halved_vae_is_trained_on_with_the_same_loss(start, command, tmp_path, monkeypatch, checkpoint):
+    """float16 rounds the latent's scale."""
+    halved, settings = shutil.copytree(checkpoint, tmp_path / "halved"), train.SETTINGS["tiny"]
+    vae = dict(weights.read(checkpoint / "vae.pt"))
+    weights.save(vae | {"scale_factor": torch.tensor(train.LATENT_STD).half()}, halved / "vae.pt")
+    monkeypatch.setitem(train.SETTINGS, "tiny", settings | {"ldm": replace(settings["ldm"], balanced=True)})
+    jobs = []
+    monkeypatch.setattr("train.fit", lambda _, make_job, run: jobs.append(make_job(run, run.settings["ldm"])))
+    assert command(*start("ldm", tmp_path / "run", "--start-from", halved))[0] == 0
+    assert jobs[0].network.std == train.LATENT_STD
+
+
 def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, command, tmp_path, checkpoint):
     folder = shutil.copytree(checkpoint, tmp_path / "start")
     (folder / "text_encoder.pt").unlink()
@@ -322,14 +334,15 @@ def test_a_full_disk_keeps_the_last_state(start, command, tmp_path, monkeypatch)
     assert command(*start("vae", tmp_path / "run"))[0] == 0
 
 
-def test_a_recording_that_vanishes_is_named(start, command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("job", ["vae", "ldm"])         # in a step, and while latents are made
+def test_a_recording_that_vanishes_is_named(start, command, tmp_path, monkeypatch, job):
     clips = few_clips(tmp_path)
     for line in clips.read_text().splitlines()[1:]:
         shutil.copy(line.split(",")[0], tmp_path)
     clips.write_text(clips.read_text().replace(str(CAPTIONS.parent), str(tmp_path)))
     monkeypatch.setattr("test_training.few_clips", lambda folder: clips)
     monkeypatch.setattr("train.report", lambda *_: [path.unlink() for path in tmp_path.rglob("*.ogg")])
-    status, _, err = command(*start("vae", tmp_path / "run", "--workers", 1))
+    status, _, err = command(*start(job, tmp_path / "run", "--workers", 1))
     assert status == 2 and "Traceback" not in err and err.splitlines()[-1].endswith(".ogg: no such audio file")
     assert not multiprocessing.active_children()         # or the command would wait for them at its end
 
