@@ -93,6 +93,8 @@ def read_blocks(path: str | Path, first: int = 0, samples: int = -1) -> Iterator
                     yield torch.from_numpy(block[first - begin:].mean(axis=1)), file.samplerate          # (L,)
                 if len(block) < most:
                     break
+            # Of an MP3 of constant bitrate without a header, libsndfile guesses the length from the size.
+            promised *= 0.99 if file.format == "MP3" else 1
             truncated = whole and (length < promised or ends_early(path, file.extra_info))
     except (soundfile.SoundFileError, RuntimeError) as error:
         reason = "it is empty" if path.stat().st_size == 0 else str(error).split(": ")[-1].strip().rstrip(".")
@@ -310,7 +312,10 @@ def find_audio(row: Row, files: dict[str, list[Path]]) -> Path:
 
 
 def read_blacklist(path: Path) -> set[str]:
-    """The ids in one of WavCaps' blacklists, {"AudioSet": ["Y...wav", ...], "FreeSound": ["156", ...]}, as stems."""
+    """The ids in one of WavCaps' blacklists, {"AudioSet": ["Y...wav", ...], "FreeSound": ["156", ...]}, as stems.
+
+    Caption files do not name their source, so a SoundBible clip with the number of a listed Freesound one counts too.
+    """
     lists = weights.read_json(path, largest=LARGEST_CAPTIONS)
     if not all(isinstance(ids, list) for ids in lists.values()):
         raise ValueError(f"{path}: not as WavCaps' blacklists are, lists of ids under the names of their sources")

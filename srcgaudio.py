@@ -112,8 +112,8 @@ class NoiseSchedule:
 
     def __init__(self):
         self.beta = torch.linspace(self.BETA_1 ** 0.5, self.BETA_T ** 0.5, self.T, dtype=torch.float64) ** 2     # (T,)
-        # alpha_bar_t = (1 - beta_1) ... (1 - beta_t): how much of z_0's variance is left in z_t.  alpha_bar[0] is the
-        # paper's alpha_bar_1.
+        # alpha_bar_t = (1 - beta_1) ... (1 - beta_t): how much of z_0's variance is left in z_t (DDPM's symbol; the
+        # paper has beta alone).  alpha_bar[0] is that of the paper's t = 1.
         self.alpha_bar = torch.cumprod(1 - self.beta, dim=0)                                                     # (T,)
 
     def add_noise(self, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -673,8 +673,9 @@ class SRCgAudio:
 def exit_cleanly(main) -> None:
     """Run a command: a user's mistake ends in one line on stderr and status 2, Ctrl-C in status 130."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")    # a prompt may have characters that the terminal lacks
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):               # a notebook's is no file
+            stream.reconfigure(errors="backslashreplace")          # a prompt may have characters that the terminal lacks
     try:
         main()
     except KeyboardInterrupt:

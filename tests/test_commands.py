@@ -3,6 +3,7 @@
 A mistake ends in one line on stderr that names the thing and the mend, exit status 2, and nothing lost.
 """
 import csv
+import io
 import json
 import math
 import re
@@ -403,6 +404,13 @@ def test_a_full_memory_is_one_line(capsys):
     one_line(end.value.code, capsys.readouterr().err, "memory is full", "--batch")
     with pytest.raises(NotImplementedError):             # a RuntimeError too, but ours to mend
         exit_cleanly(lambda: torch.empty(1, device="meta").cpu())
+
+
+def test_a_notebook_s_streams_will_do(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stdout", stream)
+    exit_cleanly(lambda: print("sound"))
+    assert stream.getvalue() == "sound\n"
 
 
 def test_a_mistake_without_a_text_is_named_by_its_kind(capsys):

@@ -62,6 +62,20 @@ def test_formats_and_channels(tmp_path, name, tolerance):
     assert (wave[4000:40_000] - expected[4000:40_000]).abs().max() < tolerance
 
 
+def test_an_mp3_without_a_header_is_whole(tmp_path):
+    """Its length is a guess then, here a thousandth too large."""
+    soundfile.write(tmp_path / "a.mp3", tone(440, 44_100, 10.0).numpy(), 44_100, bitrate_mode="CONSTANT",
+                    compression_level=0.5)
+    mp3 = (tmp_path / "a.mp3").read_bytes()
+    second = mp3.index(mp3[:2], 4)                       # the first frame is the header
+    assert b"Info" in mp3[:second]
+    (tmp_path / "a.mp3").write_bytes(mp3[second:])
+    assert len(read_audio(tmp_path / "a.mp3")[0]) > 440_000
+    (tmp_path / "a.mp3").write_bytes(mp3[:len(mp3) // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        read_audio(tmp_path / "a.mp3")
+
+
 @pytest.mark.parametrize("block", [1000, 1323, 44_100])             # 44,100 samples: with a rest, and without
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
 def test_long_files_are_read_in_blocks(tmp_path, monkeypatch, block, suffix):
