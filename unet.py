@@ -283,7 +283,7 @@ class UNet(nn.Module):
             scalars.append(self.time_token(sinusoid(t, self.context_width)))             # (B, d)
         if self.rate_token is not None:                  # in kHz; in Hz the sinusoids turn many times between rates
             scalars.append(self.rate_token(sinusoid(rate / 1000, self.context_width)))   # (B, d)
-        c = torch.cat([text] + [token[:, None].to(text.dtype) for token in scalars], dim=1)
+        c = torch.cat([text] + [token[:, None] for token in scalars], dim=1)
         c_mask = F.pad(text_mask, (0, len(scalars)), value=True)
         return c, c_mask
 

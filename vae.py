@@ -233,7 +233,8 @@ class VAE(nn.Module):
         ddim_noise: standard deviation of further noise, as much as DDIM leaves in z_0; 0 unless --decoder-only.
         """
         mean, logvar = self.encode(mel)
-        return self.decode(sample_posterior(mean, logvar, eps) + ddim_noise * eps), mean, logvar
+        logvar_of_both = torch.log(logvar.exp() + ddim_noise ** 2)                # independent noises' variances add
+        return self.decode(sample_posterior(mean, logvar_of_both, eps)), mean, logvar
 
     @torch.no_grad()
     def normalize_latents(self, mean: Tensor, std: Tensor) -> None:
