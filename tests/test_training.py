@@ -702,13 +702,13 @@ def test_a_decoder_trained_alone_meets_the_noise_that_ddim_leaves(start, command
     monkeypatch.setattr(VAE, "forward", lambda *inputs: met.append(inputs) or forward(*inputs))
     status, _, err = command(*start("vae", tmp_path / "run", "--decoder-only"))
     assert status == 0, err
-    vae, mel, eps, leftover = met[0]
+    vae, mel, eps, ddim_noise = met[0]
     # All the data one point, 0: the noise in z_t is known, and what DDIM ends with is what it leaves.
     left = schedule.ddim(lambda z_t, t: z_t / (1 - schedule.alpha_bar[t]) ** 0.5, torch.ones(1), 50)
-    assert leftover * vae.scale_factor.item() == pytest.approx(left.item(), rel=0.01)
+    assert ddim_noise * vae.scale_factor.item() == pytest.approx(left.item(), rel=0.01)
     monkeypatch.setattr(VAE, "decode", lambda _, z: z)
-    z, mean, logvar = forward(vae, mel, eps, leftover)
-    assert torch.allclose(z - mean, (torch.exp(logvar / 2) + leftover) * eps, atol=1e-5)
+    z, mean, logvar = forward(vae, mel, eps, ddim_noise)
+    assert torch.allclose(z - mean, (logvar.exp() + ddim_noise ** 2).sqrt() * eps, atol=1e-5)
 
 
 def test_a_run_says_what_it_trains_on(command, tmp_path):
