@@ -19,6 +19,7 @@ from pathlib import Path
 import soundfile
 from torch import Tensor
 
+import weights
 from srcgaudio import RATES, SRCgAudio, check_rate, exit_cleanly, mel_spectrogram, pick_device
 
 
@@ -41,12 +42,13 @@ def parse() -> argparse.Namespace:
     add("--spectrogram", action="store_true", help="also draw each as a PNG (takes matplotlib)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
-    add("--compile", action="store_true", help="torch.compile the U-Net: starts minutes later, then steps are faster")
+    add("--compile", action="store_true",
+        help="torch.compile the U-Net: starts minutes later; on the CPUs tried, steps were no faster")
     return parser.parse_args()
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """The (name, text) of each prompt in a file.  Raises ValueError naming the file and the line."""
+    """The (name, text) of each prompt in a file.  Raises ValueError naming the file and what is wrong with it."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file of prompts")
     try:
@@ -122,14 +124,7 @@ def write_wav(wave: Tensor, rate: int, path: Path) -> None:
     """A wave (L,) as 16-bit WAV, through a new file and a rename.  Nothing can clip: a vocoder ends in tanh."""
     sound = io.BytesIO()                                 # libsndfile's own errors of a full disk say little
     soundfile.write(sound, wave.numpy(), rate, subtype="PCM_16", format="WAV")
-    new = path.with_name(path.name + ".new")
-    try:
-        new.write_bytes(sound.getvalue())
-        os.replace(new, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        new.unlink(missing_ok=True)
+    weights.replace_file(path, lambda file: file.write(sound.getvalue()))
 
 
 def draw(wave: Tensor, rate: int, title: str, path: Path) -> None:

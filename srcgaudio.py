@@ -60,11 +60,9 @@ def mel_filters(rate: int, n_fft: int, n_mels: int) -> Tensor:
 
     The mel scale is linear up to 1 kHz, 200/3 Hz a mel, and logarithmic above, 27 mels for a factor of 6.4.
     """
-    def to_mel(hz: float) -> float:
-        return hz * 3 / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4)
-
-    mel = torch.linspace(0, to_mel(rate / 2), n_mels + 2, dtype=torch.float64)
-    hz = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
+    top = 15 + 27 * math.log(rate / 2 / 1000) / math.log(6.4)                     # rate / 2 in mels
+    mel = torch.linspace(0, top, n_mels + 2, dtype=torch.float64)
+    hz = torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
     low, peak, high = hz[:-2], hz[1:-1], hz[2:]                                   # (n_mels,) each
     bin_hz = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
     triangles = torch.minimum((bin_hz - low) / (peak - low), (high - bin_hz) / (high - peak)).clamp(min=0)
@@ -131,13 +129,12 @@ class NoiseSchedule:
         alpha_bar = self.alpha_bar.to(z_t)[t].view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * z_t
 
-    def ddim_steps(self, steps: int) -> list[int]:
+    def ddim_timesteps(self, steps: int) -> list[int]:
         """The indices t that DDIM visits, from noise to data: evenly spaced, ending at 1 (with T steps, T - 1 comes
         twice).
 
         With few steps the first index lies well below T, at 801 with 5, although z_T is pure noise and z_801 would
-        still hold some of z_0; a single step starts at 1 and returns noise.  Fine detail is made in the last steps:
-        with 25, the mels of the model in the box come out smoother than with 200.
+        still hold some of z_0; a single step starts at 1 and returns noise.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"the number of steps must be from 1 to {self.T}, got {steps}")
@@ -149,11 +146,11 @@ class NoiseSchedule:
         predict_noise: (z_t (B, ...), t: int) -> the noise in z_t, the same shape.  z_T: (B, ...) standard normal.
         steps: 1 to T.  Returns z_0 in z_T's shape and precision.  `progress` shows a bar.
         """
-        visited = self.ddim_steps(steps)
+        timesteps = self.ddim_timesteps(steps)
         z_t = z_T
         # The last step ends at index 0, the paper's t = 1, as Stable Diffusion's does, and not at alpha_bar = 1: noise
         # of sqrt(1 - alpha_bar[0]) = 0.03 stays in what is returned.
-        for t, t_next in zip(tqdm(visited, "DDIM", disable=not progress, leave=False), visited[1:] + [0]):
+        for t, t_next in zip(tqdm(timesteps, "DDIM", disable=not progress, leave=False), [*timesteps[1:], 0]):
             alpha_bar, alpha_bar_next = self.alpha_bar[t].item(), self.alpha_bar[t_next].item()
             eps = predict_noise(z_t, t)
             # Eq. (1)'s closed form solved for z_0, an estimate, which goes to the next, smaller t with the same noise
@@ -175,11 +172,11 @@ def eps_theta(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: Tensor, rate:
     return schedule.eps_from_v(predicted, z_t, t) if unet.predicts == "v" else predicted
 
 
-def diffusion_loss(unet: UNet, schedule: NoiseSchedule, z_0: Tensor, rate: Tensor, text: Tensor, text_mask: Tensor,
-                   t: Tensor, eps: Tensor) -> Tensor:
+def diffusion_loss(unet: UNet, schedule: NoiseSchedule, z_0: Tensor, eps: Tensor, t: Tensor, rate: Tensor,
+                   text: Tensor, text_mask: Tensor) -> Tensor:
     """Eq. (3) for a batch, before the expectation: the mean squared error of each item, (B,).
 
-    z_0, eps: (B, 8, T/4, 16).  rate (Hz), t: (B,).  text (B, N, d), text_mask (B, N).
+    z_0, eps: (B, 8, T/4, 16).  t, rate (Hz): (B,).  text (B, N, d), text_mask (B, N).
     """
     z_t = schedule.add_noise(z_0, eps, t)
     # Eq. (3): min over theta of E || eps - eps_theta(z_t, t, c) ||^2, here as a mean over the latent's entries.  For a
@@ -298,12 +295,13 @@ class TextEncoder(nn.Module):
         self.final_norm = nn.RMSNorm(width, eps=1e-6)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """A start much as T5's: normal weights, of the variance that keeps each layer's output near one."""
+        """A start much as T5's, but for a wider position bias: normal weights, of the variance that keeps each layer's
+        output near one."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:                                               # norms
                 continue
             std = 1.0 if name == "embedding.weight" else parameter.shape[1] ** -0.5
-            if name.endswith("attention.q.weight"):                               # in place of 1 / sqrt(d) at run time
+            if name.endswith("attention.q.weight"):                     # in place of 1 / sqrt(head_width) at run time
                 heads = self.relative_position_bias.weight.shape[1]
                 std *= (parameter.shape[0] / heads) ** -0.5
             nn.init.normal_(parameter, 0.0, std, generator=generator)
@@ -622,7 +620,7 @@ class SRCgAudio:
 
         rate: one of the four, in Hz.  seconds: 0.1 to 60; default: the length the model was trained on.
         steps: of DDIM, 1 to 1000.  guidance: w of Eq. (4), 0 to 100; 1 is none; default: the checkpoint's.  seed: item
-        i starts from noise of seed + i, the same in any batch, on any device and at every rate.
+        i starts from noise of seed + i, the same in any batch, on any device and at every rate.  progress: show a bar.
         Raises ValueError for anything out of range.
         """
         seconds = self.config.seconds if seconds is None else seconds
@@ -649,7 +647,7 @@ class SRCgAudio:
         if not 0 <= guidance <= 100:
             raise ValueError(f"guidance must be from 0 to 100, got {guidance}")
         if not 0 <= seed < 2 ** 62:
-            raise ValueError(f"the seed must be from 0 to 2^62, got {seed}")
+            raise ValueError(f"the seed must be from 0 to 2^62 - 1, got {seed}")
 
         frames = round(seconds * FRAMES_PER_SECOND, 6)   # 2.24 * 100 is a little more than 224
         length = math.ceil(frames / 4 / self.unet.multiple) * self.unet.multiple             # of the latent, T/4
@@ -675,7 +673,7 @@ def exit_cleanly(main) -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):               # a notebook's is no file
-            stream.reconfigure(errors="backslashreplace")          # a prompt may have characters that the terminal lacks
+            stream.reconfigure(errors="backslashreplace")         # a prompt may have characters that the terminal lacks
     try:
         main()
     except KeyboardInterrupt:

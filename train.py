@@ -867,7 +867,7 @@ class Denoiser(nn.Module):
     def forward(self, z_0: Tensor, eps: Tensor, t: Tensor, rate: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Eq. (3) for each item of a batch, (B,), from what `Latents.collate` gives; balanced, over `blind_loss`."""
         psi = text if self.text_encoder is None else self.text_encoder(text, text_mask)      # (B, N, d)
-        loss = diffusion_loss(self.unet, self.schedule, z_0, rate, psi, text_mask, t, eps)
+        loss = diffusion_loss(self.unet, self.schedule, z_0, eps, t, rate, psi, text_mask)
         return loss / blind_loss(self.schedule.alpha_bar.to(z_0)[t], self.std) if self.std else loss
 
 

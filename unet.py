@@ -53,7 +53,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """A residual block that hears the time step, (B, C_in, H, W) and (B, d_t) -> (B, C_out, H, W)."""
+    """A residual block conditioned on the time step, (B, C_in, H, W) and (B, d_t) -> (B, C_out, H, W)."""
 
     def __init__(self, c_in: int, c_out: int, time_width: int, groups: int):
         super().__init__()
@@ -205,8 +205,9 @@ class UNet(nn.Module):
     cross_attention: which levels attend to c, from the full latent resolution down; the others have no transformer,
         and the middle without one has one residual block instead of two, as in diffusers.  The default is Stable
         Diffusion's placement, which the paper's parameter count bears out; the paper's words, "the last three
-        encoder blocks and the first three decoder blocks", are (False, True, True, True): 724.7 M.
-    cross_attention_middle: whether the middle block does (658.1 M with the placement above if it does not).
+        encoder blocks and the first three decoder blocks", are (False, True, True, True): 724.7 M, or 658.1 M if the
+        middle block does not attend.
+    cross_attention_middle: whether it does.
     context_width: d, the width of the text embedding and of the condition's tokens.
     tokens: which scalars become tokens of c.  SRC-gAudio ("time", "rate"), gAudio ("time",), Tango ().
     blocks: residual blocks of an encoder block (a decoder block has one more).
@@ -239,7 +240,7 @@ class UNet(nn.Module):
             raise ValueError(f'the U-Net predicts "eps" or "v", got {predicts!r}')
         self.predicts = predicts
         self.context_width = context_width
-        self.multiple = 2 ** (levels - 1)                # the latent's length must be a multiple of this
+        self.multiple = 2 ** (levels - 1)                # the latent's sides must be multiples of this
         self.time_token = nn.Linear(context_width, context_width) if "time" in tokens else None
         self.rate_token = nn.Linear(context_width, context_width) if "rate" in tokens else None
 

@@ -39,7 +39,7 @@ Features = list[Tensor]                                  # what the layers of on
 class Conv1d(nn.Conv1d):
     """A Conv1d run as a 1 x k convolution over an image of height one, (B, C, 1, L) -> (B, C', 1, L').
 
-    Same tensors, same result; but images can lie in channels_last, where convolutions are up to twice as fast.
+    Same tensors, same result; but images can lie in channels_last, where many CPUs convolve faster.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,11 +105,11 @@ class Generator(nn.Module):
         h = mel.transpose(1, 2)[:, :, None]                                     # (B, n_mels, 1, T)
         h = self.conv_pre(h.contiguous(memory_format=torch.channels_last))      # (B, C, 1, T)
         for i, up in enumerate(self.ups):
-            h = up(F.leaky_relu(h, 0.1))                                        # (B, C / 2, 1, L * stride + a few)
+            h = up(F.leaky_relu(h, 0.1))                                        # (B, C / 2, 1, L * stride), or 1 more
             branches = self.resblocks[3 * i:3 * i + 3]
             h = sum(block(h) for block in branches) / len(branches)
         wave = torch.tanh(self.conv_post(F.leaky_relu(h, 0.01)).float())
-        # Where kernel - stride is odd, each layer adds a sample at the end: cut them.
+        # A layer whose kernel - stride is odd adds a sample, which later strides multiply: 16 to 64 by now, cut here.
         return wave[:, 0, 0, :mel.shape[1] * self.hop]
 
     @classmethod
@@ -142,14 +142,14 @@ class Generator(nn.Module):
         config_path = (path if path.is_dir() else path.parent) / "config.json"
         config = weights.read_json(config_path) if path.is_dir() or config_path.is_file() else {}
         if path.is_dir() or "upsample_rates" in config:                           # may be another file's
-            rates = config.get("upsample_rates", [])
-            if not isinstance(rates, list):
-                raise ValueError(f"{config_path}: upsample_rates must be a list, got {rates!r:.50}")
+            upsample_rates = config.get("upsample_rates", [])
+            if not isinstance(upsample_rates, list):
+                raise ValueError(f"{config_path}: upsample_rates must be a list, got {upsample_rates!r:.50}")
             weights.check_config(config, {
                 "resblock": "1", "resblock_kernel_sizes": list(cls.RES_KERNELS), "normalize_before": False,
                 "resblock_dilation_sizes": [list(ResBlock.DILATIONS)] * 3, "leaky_relu_slope": 0.1,
-                "upsample_rates": list(strides or rates)}, config_path)
-            strides = rates or strides
+                "upsample_rates": list(strides or upsample_rates)}, config_path)
+            strides = upsample_rates or strides
         strides = strides or (STRIDES[16_000] if kernels == KERNELS else [kernel // 2 for kernel in kernels])
         sizes = {"strides": tuple(strides), "kernels": kernels, "channels": channels, "n_mels": n_mels}
         return sizes, tensors, path, names
@@ -200,7 +200,7 @@ class ScaleDiscriminator(nn.Module):
                   (4, 8, 41, 4, 16), (8, 8, 41, 1, 16), (8, 8, 5, 1, 1)]
         self.convs = nn.ModuleList(
             norm(Conv1d(c_in * channels or 1, c_out * channels, kernel, stride, padding=kernel // 2,
-                        groups=max(1, groups * channels // 128)))       # a group's width stays as published
+                        groups=max(1, groups * channels // 128)))       # groups as wide as published
             for c_in, c_out, kernel, stride, groups in layers)
         self.conv_post = norm(Conv1d(8 * channels, 1, 3, padding=1))
 
@@ -232,11 +232,11 @@ class MultiScaleDiscriminator(nn.Module):
 
 
 class Discriminators(nn.Module):
-    """Both kinds; periods, scales: the channels of the first layer of each."""
+    """Both kinds, with the channels of the first layer of each."""
 
-    def __init__(self, periods: int = 32, scales: int = 128):
+    def __init__(self, mpd_channels: int = 32, msd_channels: int = 128):
         super().__init__()
-        self.mpd, self.msd = MultiPeriodDiscriminator(periods), MultiScaleDiscriminator(scales)
+        self.mpd, self.msd = MultiPeriodDiscriminator(mpd_channels), MultiScaleDiscriminator(msd_channels)
 
     def forward(self, *waves: Tensor) -> list[list[tuple[Tensor, Features]]]:
         """Score and features of each discriminator, for each of the waves (B, L)."""
@@ -249,8 +249,8 @@ def discriminators_from_pretrained(path: str | Path) -> Discriminators:
     Raises ValueError naming the file if it is damaged or holds anything else.
     """
     tensors = {name: tensor for name, tensor in weights.read(path).items() if name.startswith(("mpd.", "msd."))}
-    sizes = {"periods": weights.shape_of(tensors, "mpd.discriminators.0.convs.0.bias", 1, path)[0],
-             "scales": weights.shape_of(tensors, "msd.discriminators.0.convs.0.bias", 1, path)[0]}
+    sizes = {"mpd_channels": weights.shape_of(tensors, "mpd.discriminators.0.convs.0.bias", 1, path)[0],
+             "msd_channels": weights.shape_of(tensors, "msd.discriminators.0.convs.0.bias", 1, path)[0]}
     return weights.build(Discriminators, sizes, tensors, path, DISCRIMINATOR_NAMES).train()
 
 

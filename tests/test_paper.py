@@ -96,7 +96,7 @@ def test_schedule_is_stable_diffusions():
 @pytest.mark.parametrize("steps", [50, 200])
 def test_ddim_is_diffusers(steps):
     reference, schedule = golden("ddim"), NoiseSchedule()
-    assert schedule.ddim_steps(steps) == reference[f"timesteps_{steps}"].tolist()
+    assert schedule.ddim_timesteps(steps) == reference[f"timesteps_{steps}"].tolist()
     z_0 = schedule.ddim(lambda z, t: 0.7 * torch.tanh(z) + 1e-4 * t, reference["z_T"].double(), steps)
     assert error(z_0, reference[f"z_0_{steps}"]) < 1e-6
 
@@ -166,8 +166,8 @@ def test_eq_3_is_the_squared_error_of_the_noise(unet):
 
     def loss(answer):
         network = KnownNoise(unet, answer)
-        value = diffusion_loss(network, schedule, z_0, inputs["rate"], inputs["text"], inputs["text_mask"],
-                               inputs["t"], eps)
+        value = diffusion_loss(network, schedule, z_0, eps, inputs["t"], inputs["rate"], inputs["text"],
+                               inputs["text_mask"])
         assert torch.equal(network.asked[0], schedule.add_noise(z_0, eps, inputs["t"]))
         return value
 

@@ -340,7 +340,7 @@ def test_a_network_that_predicts_v_trains_and_generates_like_one_that_predicts_e
     waves = []
     for predicts in ("eps", "v"):
         model.unet = Knows(z_0, predicts)
-        loss = diffusion_loss(model.unet, model.schedule, z_0.expand(3, -1, -1, -1), None, text, mask, t, eps)
+        loss = diffusion_loss(model.unet, model.schedule, z_0.expand(3, -1, -1, -1), eps, t, None, text, mask)
         assert loss.max() < 1e-6
         waves.append(model.to("cpu", "fp32").generate(["rain"], 16_000, 0.32, steps=10))
     assert error(waves[1], waves[0]) < 1e-3
@@ -406,9 +406,9 @@ def test_tango_begins_a_joint_training(tango):
     folder, plain, *_ = tango
     unet = UNet.from_pretrained(folder / "pytorch_model_main.bin", add_tokens=("time", "rate"))
     assert unet.conv_in.weight.equal(plain.conv_in.weight) and unet.predicts == "v"
-    loss = diffusion_loss(unet, NoiseSchedule(), torch.randn(2, 8, 8, 16), torch.tensor([16_000, 48_000]),
-                          torch.randn(2, 3, 64), torch.ones(2, 3, dtype=torch.bool), torch.tensor([3, 900]),
-                          torch.randn(2, 8, 8, 16)).sum()
+    loss = diffusion_loss(unet, NoiseSchedule(), torch.randn(2, 8, 8, 16), torch.randn(2, 8, 8, 16),
+                          torch.tensor([3, 900]), torch.tensor([16_000, 48_000]), torch.randn(2, 3, 64),
+                          torch.ones(2, 3, dtype=torch.bool)).sum()
     loss.backward()
     assert unet.rate_token.weight.grad.abs().max() > 0 and unet.time_token.weight.grad.abs().max() > 0
 
@@ -528,7 +528,7 @@ def test_diffusers_and_transformers_open_the_exports(exported):
 
         scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
         scheduler.set_timesteps(20)
-        assert scheduler.timesteps.tolist() == model.schedule.ddim_steps(20)
+        assert scheduler.timesteps.tolist() == model.schedule.ddim_timesteps(20)
         z = theirs_z = torch.randn(1, 8, 4, 16, dtype=torch.float64)
         z = model.schedule.ddim(lambda z, t: torch.tanh(z), z, 20)
         for step in scheduler.timesteps:
