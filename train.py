@@ -166,8 +166,8 @@ class Run:
 
     def network(self, cls: type[nn.Module], arguments: dict, name: str) -> nn.Module:
         """A new network, or one with the weights of the file `name`, if the run is to start from a folder with it."""
-        path = self.start / name if self.start else None
-        if path is None or not path.is_file():
+        path = find_file(name, self.start)
+        if not path:
             return cls(**arguments)
         say(f"starting from {path}")
         return load_part(cls, arguments, path, self.folder / "config.json")
@@ -180,6 +180,11 @@ class Run:
         finally:
             if self.workers:
                 loader._shutdown_workers()
+
+
+def find_file(name: str, *folders: Path | None) -> Path | None:
+    """The file of this name in the first of these folders that has it."""
+    return next((folder / name for folder in folders if folder and (folder / name).is_file()), None)
 
 
 def ignore_signals(_worker: int) -> None:
@@ -599,7 +604,7 @@ class TrainVAE:
         self.run = run
         self.network = run.network(VAE, run.config.vae, "vae.pt")
         self.data = MelCrops(run, run.items(run.train, per_recording=True), settings)
-        if not (run.start and (run.start / "vae.pt").is_file()):
+        if not find_file("vae.pt", run.start):
             sample = range(0, len(self.data.items), math.ceil(len(self.data.items) / 256))
             whiten_patches(self.network, torch.stack([self.data[0, i][0] for i in sample]))
         self.network.to(run.device, memory_format=torch.channels_last).train()
@@ -700,18 +705,15 @@ class TrainVocoder:
     def start_from_nearest(self, generator: Generator) -> bool:
         """Start from the vocoder of the nearest rate in the folder to start from, and from its discriminators: all
         rates have tensors of the same shapes.  Returns whether there was one."""
-        start = self.run.start
-        rates = [rate for rate in RATES if start and (start / f"vocoder_{rate}.pt").is_file()]
-        if not rates:
-            return False
-        nearest = min(rates, key=lambda rate: abs(rate - self.rate))
-        path = start / f"vocoder_{nearest}.pt"
-        say(f"vocoder_{self.rate} starts from {path}")
-        weights.load(generator, weights.read(path), path)
-        path = start / f"discriminators_{nearest}.pt"
-        if self.discriminators and path.is_file():
-            weights.load(self.discriminators, weights.read(path), path)
-        return True
+        for rate in sorted(RATES, key=lambda rate: abs(rate - self.rate)):
+            if path := find_file(f"vocoder_{rate}.pt", self.run.start):
+                say(f"vocoder_{self.rate} starts from {path}")
+                weights.load(generator, weights.read(path), path)
+                path = find_file(f"discriminators_{rate}.pt", self.run.start)
+                if self.discriminators and path:
+                    weights.load(self.discriminators, weights.read(path), path)
+                return True
+        return False
 
     def step(self, parts: list[Tensor]) -> dict[str, Tensor]:
         if not self.discriminators:
@@ -927,7 +929,7 @@ class TrainLDM:
         run, config = self.run, self.run.config
         if isinstance(config.text_encoder, str):
             return SRCgAudio.load_text_encoder(run.folder)
-        path = find_text_encoder(run.start, run.folder)
+        path = find_file("text_encoder.pt", run.start, run.folder)
         if path:
             return SRCgAudio.load_text_encoder(path.parent)
         encoder = TextEncoder(**config.text_encoder)
@@ -1088,16 +1090,10 @@ def check_arguments(args: argparse.Namespace) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} is for the job {job}, which is not asked for")
     if args.no_rate_token and len(set(args.rates)) > 1:
         raise ValueError("--no-rate-token is for one rate; name it with --rates")
-    if args.decoder_only and not (args.start_from and (args.start_from / "vae.pt").is_file()):
+    if args.decoder_only and not find_file("vae.pt", args.start_from):
         raise ValueError("--decoder-only goes on from a trained VAE; name its folder with --start-from")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot draws with matplotlib, which is not installed: pip install matplotlib")
-
-
-def find_text_encoder(*folders: Path | None) -> Path | None:
-    """The small text encoder in the first of these folders that has one."""
-    return next((folder / "text_encoder.pt" for folder in folders if folder and (folder / "text_encoder.pt").is_file()),
-                None)
 
 
 def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[Clip], list[str]]:
@@ -1149,8 +1145,8 @@ def find_copies(args: argparse.Namespace, config: Config, outputs: dict[str, str
     new_latents = "vae" in args.jobs and not args.decoder_only
     if new_latents or latents_differ(args.checkpoint, args.start_from):
         not_copied.add("unet.pt")                        # of no use in another VAE's latents
-        if "ldm" in args.jobs and (args.start_from / "unet.pt").is_file():
-            say(f"{args.start_from / 'unet.pt'}, the start, has learnt in the latents of another VAE")
+        if "ldm" in args.jobs and (start := find_file("unet.pt", args.start_from)):
+            say(f"{start}, the start, has learnt in the latents of another VAE")
     if args.no_rate_token:                               # a gAudio makes sound at its own rate alone
         not_copied |= {f"vocoder_{rate}.pt" for rate in RATES if rate not in args.rates}
     not_copied |= {name.replace("vocoder", "discriminators") for name in not_copied}
@@ -1180,11 +1176,11 @@ def pick_config(args: argparse.Namespace) -> Config:
     return config
 
 
-def check_ldm(args: argparse.Namespace, config: Config, copies: list[Path]) -> None:
+def check_ldm(args: argparse.Namespace, config: Config) -> None:
     """Raises ValueError if there is no VAE for the LDM, or another text encoder than was asked for."""
     folder = args.checkpoint
     flan_t5 = config.text_encoder if isinstance(config.text_encoder, str) else None
-    encoder = flan_t5 or find_text_encoder(args.start_from, folder)
+    encoder = flan_t5 or find_file("text_encoder.pt", args.start_from, folder)
     if flan_t5 and args.train_text_encoder:
         raise ValueError("--train-text-encoder trains the small text encoder; a FLAN-T5 stays as it is")
     if config.preset == "paper" and not encoder:
@@ -1193,11 +1189,9 @@ def check_ldm(args: argparse.Namespace, config: Config, copies: list[Path]) -> N
     goes_on = (folder / "ldm_state.pt").exists() and not args.overwrite          # with an encoder of its own
     if args.tokenizer_captions and encoder and not goes_on:
         raise ValueError(f"--tokenizer-captions is for a new text encoder, but there is {encoder}")
-    copied = {path.name for path in copies}
-    if "vae" not in args.jobs and "vae.pt" not in copied and not (folder / "vae.pt").is_file():
+    if "vae" not in args.jobs and not find_file("vae.pt", folder, args.start_from):
         raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
-    start = args.start_from / "unet.pt" if args.start_from else None
-    if start and start.is_file():
+    if start := find_file("unet.pt", args.start_from):
         try:
             weights.check(weights.skeleton(UNet, config.unet, folder), weights.read(start), start)
         except ValueError as error:
@@ -1224,7 +1218,7 @@ def make_tokenizer(args: argparse.Namespace, config: Config,
                    train: list[Clip]) -> sentencepiece.SentencePieceProcessor | None:
     """The tokenizer of a new small text encoder, if this run makes one."""
     if ("ldm" not in args.jobs or isinstance(config.text_encoder, str)
-            or find_text_encoder(args.start_from, args.checkpoint)):
+            or find_file("text_encoder.pt", args.start_from, args.checkpoint)):
         return None
     captions = {clip.caption for clip in train}
     if args.tokenizer_captions:
@@ -1254,7 +1248,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     config = pick_config(args)
     copies = find_copies(args, config, outputs) if args.start_from else []
     if "ldm" in args.jobs:
-        check_ldm(args, config, copies)
+        check_ldm(args, config)
     settings = pick_settings(args, config)
     cache = Cache(args.cache or folder.parent / "cache")
     train, val, left_out = find_data(args, cache)
