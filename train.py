@@ -150,12 +150,13 @@ class Run:
                                  f"--any-rate, or name other clips")
         return items
 
-    def identity(self, job: str) -> dict[str, str]:
-        """What must be the same for a run of a job to go on as if it had never stopped."""
-        data = digest([self.items(clips) for clips in (self.train, self.val)])
+    def identity(self, name: str) -> dict[str, str]:
+        """What must be the same for a run, named as in `fit`, to go on as if it had never stopped."""
+        job = job_of(name)
         sizes = {"vae": self.config.vae, "vocoder": self.config.vocoder,
                  "ldm": [self.config.unet, self.config.text_encoder]}[job]
-        same = {"the data": data.hex(), "the rates": str(self.rates), "the settings": str(self.settings[job]),
+        same = {"the data": digest(self.train, self.val).hex(), "--any-rate": str(self.any_rate),
+                "the rates": name if job == "vocoder" else str(self.rates), "the settings": str(self.settings[job]),
                 "the sizes": json.dumps([sizes, self.config.seconds]), "the seed": str(self.seed),
                 "the precision": str(self.precision)}
         if job == "vae":
@@ -415,7 +416,7 @@ def fit(name: str, make_job, run: Run) -> None:
     optimizers that make its state, by name; identity, what else they depend on.
     """
     state_path, log_path = run.folder / f"{name}_state.pt", run.folder / f"{name}.csv"
-    settings, identity = run.settings[job_of(name)], run.identity(job_of(name))
+    settings, identity = run.settings[job_of(name)], run.identity(name)
     state = read_state(state_path, identity)
     if state and not state["kept"]:
         say(f"{name} is trained already, {state['step']} steps; --overwrite trains it anew")
@@ -1259,8 +1260,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
               accumulate=args.accumulate, activation_checkpointing=args.activation_checkpointing,
               save_minutes=args.save_minutes, plot=args.plot)
     if not args.overwrite:
-        for job in outputs:                              # refuses another run's state
-            read_state(folder / f"{job}_state.pt", run.identity(job_of(job)))
+        for name in outputs:                             # refuses another run's state
+            read_state(folder / f"{name}_state.pt", run.identity(name))
     report(run, left_out)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)

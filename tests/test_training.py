@@ -295,6 +295,15 @@ def test_a_refused_run_changes_nothing(start, command, tmp_path, checkpoint):
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
+def test_a_vocoder_does_not_depend_on_the_other_rates_of_a_run(command, tmp_path):
+    arguments = ["train.py", "vocoder", "--data", few_clips(tmp_path), "--preset", "tiny", "--epochs", 1,
+                 "--workers", 0, "--checkpoint", tmp_path / "run", "--rates", 16_000]
+    assert command(*arguments)[0] == 0
+    status, out, err = command(*arguments, 24_000)
+    assert status == 0 and "vocoder_16000 is trained already" in out + err, err
+    assert (tmp_path / "run" / "vocoder_24000_state.pt").exists()
+
+
 @pytest.mark.parametrize("harm", ["truncated", "another program's"])
 def test_a_damaged_state_is_named(start, command, tmp_path, harm):
     (tmp_path / "run").mkdir()
