@@ -201,8 +201,8 @@ class Cache:
         return self.execute("SELECT start, size FROM arrays WHERE key = ?", (key,)).fetchone()
 
     def add(self, arrays: dict[bytes, np.ndarray]) -> None:
-        self.execute("BEGIN IMMEDIATE")                  # one writer at a time
-        try:
+        with self.index:                                 # rolled back if this fails
+            self.execute("BEGIN IMMEDIATE")              # one writer at a time
             start = self.end()
             with open(self.arrays, "r+b") as file:
                 file.seek(2 * start)
@@ -213,19 +213,17 @@ class Cache:
                 file.flush()
                 os.fsync(file.fileno())
             self.execute("COMMIT")
-        except BaseException:
-            self.index.rollback()
-            raise
 
     def fact(self, key: bytes) -> list | None:
         found = self.execute("SELECT fact FROM facts WHERE key = ?", (key,)).fetchone()
         return json.loads(found[0]) if found else None
 
     def add_facts(self, facts: dict[bytes, list]) -> None:
-        self.execute("BEGIN IMMEDIATE")
-        for key, fact in facts.items():
-            self.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(fact)))
-        self.execute("COMMIT")
+        with self.index:
+            self.execute("BEGIN IMMEDIATE")
+            for key, fact in facts.items():
+                self.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(fact)))
+            self.execute("COMMIT")
 
 
 def read_array(arrays: Path, place: tuple[int, int]) -> Tensor:
