@@ -361,7 +361,7 @@ def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, b
                 if row.blacklisted_as in blacklisted:
                     raise ValueError(f"{path}: on a blacklist of test clips")
                 found.append((path, row.caption.strip()))
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 left_out.append(str(error))
     facts = inspect_all({path for path, _ in found}, cache, progress)
     clips = [Clip(path, caption, *facts[path]) for path, caption in found if not isinstance(facts[path], str)]
