@@ -546,6 +546,10 @@ class Crops(Dataset):
         start = np.random.default_rng((self.seed, epoch, i)).uniform(0, latest)
         return clip.read(rate, start, self.seconds)
 
+    def sample(self) -> list:
+        """Crops of up to 256 items, spread evenly over all."""
+        return [self[0, i] for i in range(0, len(self.items), math.ceil(len(self.items) / 256))]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The VAE: L1, KL, detail and flicker, on mels of all rates
@@ -606,8 +610,7 @@ class TrainVAE:
         self.network = run.network(VAE, run.config.vae, "vae.pt")
         self.data = MelCrops(run, run.items(run.train, per_recording=True), settings)
         if not find_file("vae.pt", run.start):
-            sample = range(0, len(self.data.items), math.ceil(len(self.data.items) / 256))
-            whiten_patches(self.network, torch.stack([self.data[0, i][0] for i in sample]))
+            whiten_patches(self.network, torch.stack([mel for mel, _ in self.data.sample()]))
         self.network.to(run.device, memory_format=torch.channels_last).train()
         self.ddim_noise, self.flicker_weight = 0.0, 0.5
         if run.decoder_only:                             # the latents stay, and an LDM in them
@@ -687,8 +690,7 @@ class TrainVocoder:
         if settings.discriminators:
             self.discriminators = Discriminators(*settings.discriminators).to(run.device)
         if not self.start_from_nearest(plain) and not settings.discriminators:
-            sample = range(0, len(self.data.items), math.ceil(len(self.data.items) / 256))
-            whiten(plain.conv_pre, torch.cat([mel_spectrogram(self.data[0, i][None], rate)[0] for i in sample]))
+            whiten(plain.conv_pre, mel_spectrogram(torch.stack(self.data.sample()), rate).flatten(0, 1))
         self.ema = Ema(plain.to(run.device))             # plain weights: what is saved needs no weight norm
         self.network = plain.train()
         for module in list(plain.modules()):
