@@ -212,7 +212,7 @@ class Cache:
                     start += array.size
                 file.flush()
                 os.fsync(file.fileno())
-            self.execute("COMMIT")
+            self.execute("COMMIT")                       # here, so that a full disk is named
 
     def fact(self, key: bytes) -> list | None:
         found = self.execute("SELECT fact FROM facts WHERE key = ?", (key,)).fetchone()

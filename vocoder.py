@@ -109,7 +109,7 @@ class Generator(nn.Module):
             branches = self.resblocks[3 * i:3 * i + 3]
             h = sum(block(h) for block in branches) / len(branches)
         wave = torch.tanh(self.conv_post(F.leaky_relu(h, 0.01)).float())
-        # A layer whose kernel - stride is odd adds a sample, which later strides multiply: 16 to 64 by now, cut here.
+        # A layer whose kernel - stride is odd adds a sample, which later strides multiply: 16 to 64 at our rates, cut.
         return wave[:, 0, 0, :mel.shape[1] * self.hop]
 
     @classmethod
@@ -200,7 +200,7 @@ class ScaleDiscriminator(nn.Module):
                   (4, 8, 41, 4, 16), (8, 8, 41, 1, 16), (8, 8, 5, 1, 1)]
         self.convs = nn.ModuleList(
             norm(Conv1d(c_in * channels or 1, c_out * channels, kernel, stride, padding=kernel // 2,
-                        groups=max(1, groups * channels // 128)))       # groups as wide as published
+                        groups=max(1, groups * channels // 128)))       # each group as wide as published
             for c_in, c_out, kernel, stride, groups in layers)
         self.conv_post = norm(Conv1d(8 * channels, 1, 3, padding=1))
 
