@@ -80,9 +80,13 @@ def read_blocks(path: str | Path, first: int = 0, samples: int = -1) -> Iterator
         with soundfile.SoundFile(path) as file:
             promised = file.frames
             # After a seek libsndfile decodes the next frames of an MP3 wrongly, and soundfile seeks after each read: so
-            # an MP3 is read from its start, in one piece.
-            begin, most = (0, promised + 1) if file.format == "MP3" else (min(first, promised), BLOCK)
-            file.seek(begin)
+            # an MP3 is read from its start, in one piece, and so is what libsndfile can't seek in.
+            at_once = file.format == "MP3" or not file.seekable()
+            if at_once and promised > 100 * path.stat().st_size:       # an MP3 has 24 to a byte at most
+                raise ValueError(f"{path}: damaged; its header promises {promised} samples")
+            begin, most = (0, promised + 1) if at_once else (min(first, promised), BLOCK)
+            if begin:
+                file.seek(begin)
             while True:
                 wanted = most if samples < 0 else min(most, first - begin + samples - length)
                 block = file.read(wanted, dtype="float32", always_2d=True)
@@ -95,8 +99,9 @@ def read_blocks(path: str | Path, first: int = 0, samples: int = -1) -> Iterator
                     break
             # Of an MP3 of constant bitrate without a header, libsndfile guesses the length from the size.
             promised *= 0.99 if file.format == "MP3" else 1
-            truncated = whole and (length < promised or ends_early(path, file.extra_info))
+            truncated = whole and (length < promised or ends_early(path, file))
     except (soundfile.SoundFileError, RuntimeError) as error:
+        path.open("rb").close()                          # says so if it may not be read
         reason = "it is empty" if path.stat().st_size == 0 else str(error).split(": ")[-1].strip().rstrip(".")
         raise ValueError(f"{path}: not readable audio, or truncated ({reason})") from None
     if truncated:
@@ -105,16 +110,16 @@ def read_blocks(path: str | Path, first: int = 0, samples: int = -1) -> Iterator
         raise ValueError(f"{path}: holds no samples")
 
 
-def ends_early(path: Path, log: str) -> bool:
+def ends_early(path: Path, sound: soundfile.SoundFile) -> bool:
     """Whether a WAV or Ogg file was cut off, which libsndfile reads without a word."""
-    if path.suffix.lower() == ".ogg":                    # the last page of a stream carries an end mark
+    if sound.format == "OGG":                            # the last page of a stream carries an end mark
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 2 ** 17))
             tail = file.read()
         page = tail.rfind(b"OggS")
         return page < 0 or page + 5 >= len(tail) or not tail[page + 5] & 4
     # libsndfile's log says "data : 1000 (should be 500)"; a stream of unknown length promises 2 GiB (SoX) or 4 (FFmpeg)
-    found = re.search(r"^data\s*: (\d+) \(should be", log, re.MULTILINE)
+    found = re.search(r"^data\s*: (\d+) \(should be", sound.extra_info, re.MULTILINE)
     return found is not None and int(found[1]) < 0x7FFFF000
 
 
@@ -125,7 +130,7 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
     Output n lies at input time n * rate / new_rate; with the ratio reduced to down / up, outputs n and n + up take the
     same filter, so each of the `up` phases is a convolution with stride `down`.
     """
-    if rate == new_rate:
+    if rate == new_rate or len(wave) == 0:
         return wave
     divisor = math.gcd(rate, new_rate)
     down, up = rate // divisor, new_rate // divisor
@@ -242,7 +247,7 @@ class Row(NamedTuple):
 
     names: list[str]                                     # names the audio file may have, without folder and suffix
     caption: str
-    blacklisted_as: str = ""                             # its id in WavCaps' blacklists
+    blacklisted_as: str = ""                             # its id in WavCaps' blacklists, if not the file's name
     path: Path | None = None                             # of the audio, where the row gives it
 
 
@@ -259,17 +264,14 @@ def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Ro
         texts = [entry["caption"] if isinstance(entry["caption"], str) else "" for entry in entries]
         texts = [text.encode(errors="replace").decode() for text in texts]        # JSON can hold halves of characters
         return [Row([stem(entry["id"])], text, stem(entry["id"])) for entry, text in zip(entries, texts)]
-    try:
-        with open(source, newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file, strict=True) if line]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{source}: not a CSV in UTF-8 ({error})") from None
-    columns, table = (lines[0], lines[1:]) if lines else ([], [])
-    for line in table:
-        if len(line) > len(columns):
-            raise ValueError(f"{source}: {','.join(line)[:80]!r} has {len(line)} fields, the first line names "
-                             f"{len(columns)}; put quotes around a text with a comma")
-    rows = [dict(zip_longest(columns, line, fillvalue="")) for line in table]
+    columns, *lines = read_csv(source)
+    if len(columns) == 4 and columns[3] in ("train", "test"):          # VGGSound has no line of names
+        try:
+            return [Row([f"{youtube}_{int(start):06}", f"{youtube}_{start}", youtube, f"Y{youtube}"], label,
+                        f"Y{youtube}") for youtube, start, label, part in [columns, *lines] if part == split]
+        except ValueError:
+            raise ValueError(f"{source}: not every line is as VGGSound's are, youtube id,start,label,split") from None
+    rows = by_column(columns, lines, source)
     if {"path", "caption"} <= set(columns) or not captions and "path" in columns:
         return [Row([], row.get("caption", ""), path=folder / row["path"]) for row in rows]
     if {"audiocap_id", "youtube_id", "start_time", "caption"} <= set(columns):
@@ -277,14 +279,34 @@ def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Ro
                      row["audiocap_id"]], row["caption"], f"Y{row['youtube_id']}") for row in rows]
     if {"filename", "category"} <= set(columns):         # ESC-50
         return [Row([stem(row["filename"])], row["category"].replace("_", " ")) for row in rows]
-    if len(columns) == 4 and columns[3] in ("train", "test"):          # VGGSound has no line of names
-        try:
-            return [Row([f"{youtube}_{int(start):06}", f"{youtube}_{start}", youtube, f"Y{youtube}"], label,
-                        f"Y{youtube}") for youtube, start, label, part in lines if part == split]
-        except ValueError:
-            raise ValueError(f"{source}: not every line is as VGGSound's are, youtube id,start,label,split") from None
-    raise ValueError(f"{source}: its first line, {','.join(columns)[:80]!r}, has no columns path and caption, "
-                     f"nor is it AudioCaps', ESC-50's or VGGSound's")
+    raise ValueError(f"{source}: its first line, {','.join(columns)[:80]!r}, has no columns path and caption with a "
+                     f"comma between them, nor is it AudioCaps', ESC-50's or VGGSound's")
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    """The lines of a CSV, at least one and none longer than the first.  Raises ValueError naming file and line."""
+    lines: list[list[str]] = []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            for line in filter(None, reader):
+                lines.append(line)
+                if len(line) > len(lines[0]):
+                    raise ValueError(f"{path}, line {reader.line_num}: {len(line)} fields, the first line has "
+                                     f"{len(lines[0])}; put quotes around a text with a comma")
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not a CSV, or a quote is left open ({error})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
+    return lines or [[]]
+
+
+def by_column(columns: list[str], lines: list[list[str]], path: Path) -> list[dict[str, str]]:
+    """Each line as a dict; what a short line lacks is empty.  Raises ValueError if two columns have one name."""
+    for name in filter(None, columns):
+        if columns.count(name) > 1:
+            raise ValueError(f"{path}: its first line names the column {name} {columns.count(name)} times; name one")
+    return [dict(zip_longest(columns, line, fillvalue="")) for line in lines]
 
 
 def stem(name: object) -> str:
@@ -294,7 +316,18 @@ def stem(name: object) -> str:
 
 
 def audio_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    """All below a folder, links to folders followed.  Raises OSError for a folder that can't be read."""
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(place) in seen:              # a link may lead above itself
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        found += [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+    return sorted(found)
 
 
 def find_audio(row: Row, files: dict[str, list[Path]]) -> Path:
@@ -330,7 +363,8 @@ def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, b
         WavCaps             one of its JSON files
         VGGSound            vggsound.csv; its labels are the captions; rows of `split` alone
         ESC-50              meta/esc50.csv; its categories are the captions
-    In the last four, files are found by id anywhere under the folder.  blacklists: WavCaps' files of test clips.
+    In the last four, files are found by id anywhere under the folder.  blacklists: WavCaps' files of test clips, which
+    are known by their id, or by their file's name.
     captions: whether the job needs them; a folder has none.  Reads every file whole, unless the cache knows it.
     Raises ValueError if no clip is left.
     """
@@ -340,15 +374,15 @@ def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, b
         if len(folders) > 1 or folders and not folders[0].is_dir():
             raise ValueError(f"{folders[-1]}: not a folder; a source is a caption file and the folder with its audio, "
                              f"and another source is another --data")
-        if source.is_dir():
-            if captions:
-                raise ValueError(f"{source}: a folder has no captions; name a caption file, then the folder")
-            found += [(path, "") for path in audio_files(source)]
-            continue
-        if not source.is_file():
-            raise ValueError(f"{source}: no such caption file or folder")
         folder = folders[0] if folders else source.parent
-        rows = read_rows(source, folder, captions, split)
+        if source.is_file():
+            rows = read_rows(source, folder, captions, split)
+        elif not source.is_dir():
+            raise ValueError(f"{source}: no such caption file or folder")
+        elif captions:
+            raise ValueError(f"{source}: a folder has no captions; name a caption file, then the folder")
+        else:
+            rows = [Row([], "", path=path) for path in audio_files(source)]
         files: dict[str, list[Path]] = {}
         if any(row.path is None for row in rows):
             for path in audio_files(folder):
@@ -358,7 +392,7 @@ def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, b
                 path = find_audio(row, files)
                 if captions and not row.caption.strip():
                     raise ValueError(f"{path}: has no caption in {source.name}")
-                if row.blacklisted_as in blacklisted:
+                if (row.blacklisted_as or path.stem) in blacklisted:
                     raise ValueError(f"{path}: on a blacklist of test clips")
                 found.append((path, row.caption.strip()))
             except ValueError as error:

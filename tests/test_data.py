@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 from conftest import CAPTIONS, HERE
 
-from data import Cache, Clip, digest, file_digest, find_clips, inspect, read_array, read_audio, resample
+from data import (Cache, Clip, audio_files, digest, file_digest, find_clips, inspect, read_array, read_audio,
+                  resample)
 
 
 def tone(hz: float, rate: int, seconds: float = 1.0) -> torch.Tensor:
@@ -76,6 +78,35 @@ def test_an_mp3_without_a_header_is_whole(tmp_path):
         read_audio(tmp_path / "a.mp3")
 
 
+def test_an_mp3_whose_header_promises_too_much_is_damaged(tmp_path):
+    """To be read in one piece, so memory would be taken for all of it."""
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, tone(440, 44_100, 1.0).numpy(), 44_100)
+    mp3 = path.read_bytes()
+    frames = max(mp3.find(b"Info"), mp3.find(b"Xing")) + 8
+    path.write_bytes(mp3[:frames] + (2 ** 31 - 2).to_bytes(4, "big") + mp3[frames + 4:])
+    with pytest.raises(ValueError, match="a.mp3: damaged; its header promises"):
+        read_audio(path)
+
+
+def test_what_libsndfile_can_not_seek_in_is_read_all_the_same(tmp_path):
+    soundfile.write(tmp_path / "a.wav", 0.1 * tone(440, 8_000).numpy(), 8_000, "GSM610")
+    wave, rate = read_audio(tmp_path / "a.wav")
+    assert rate == 8_000 and len(wave) >= 8_000          # it ends with a whole frame
+    assert F.cosine_similarity(wave[2000:8000], tone(440, 8_000)[2000:], dim=0) > 0.9
+    assert torch.equal(read_audio(tmp_path / "a.wav", 3000, 1000)[0], wave[3000:4000])
+
+
+def test_a_format_is_known_by_the_content(tmp_path):
+    for name, kind in (("flac.ogg", "FLAC"), ("ogg.wav", "OGG")):
+        path = tmp_path / name
+        soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000, format=kind)
+        assert len(read_audio(path)[0]) == 16_000
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+        with pytest.raises(ValueError, match="truncated"):
+            read_audio(path)
+
+
 @pytest.mark.parametrize("block", [1000, 1323, 44_100])             # 44,100 samples: with a rest, and without
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
 def test_long_files_are_read_in_blocks(tmp_path, monkeypatch, block, suffix):
@@ -103,6 +134,7 @@ def test_a_crop_is_a_part_of_the_whole(clips):
         assert len(crop) == rate // 2
         assert (whole[round(1.5 * rate):2 * rate] - crop).abs().max() < 1e-3
         assert clip.read(rate, 4.9, 0.5)[-rate // 10:].abs().max() == 0        # silence after the end
+        assert clip.read(rate, 9, 0.5).tolist() == [0] * (rate // 2)
 
 
 def test_a_clip_reaches_its_own_rate_and_what_is_close(clips):
@@ -114,6 +146,16 @@ def test_a_csv_and_a_folder_hold_the_same_clips(clips, cache):
     from_folder, left_out = find_clips([[CAPTIONS.parent]], cache, captions=False)
     assert len(clips) == 20 and sorted(c.path for c in clips) == [c.path for c in from_folder] and not left_out
     assert clips[0].caption == "an infant cries loudly"
+
+
+def test_folders_are_searched_through_links(cache, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(CAPTIONS.parent)
+    (tmp_path / "data" / "above").symlink_to(tmp_path)
+    clips, left_out = find_clips([[tmp_path / "data"]], cache, captions=False)
+    assert len(clips) == len({clip.path.resolve() for clip in clips}) == 20 and not left_out
+    with pytest.raises(OSError, match="gone"):           # as of a folder that may not be read
+        audio_files(tmp_path / "gone")
 
 
 def test_paths_are_relative_to_the_csv_or_to_the_folder_that_is_named(clips, cache, tmp_path):
@@ -183,7 +225,9 @@ def test_a_stream_may_promise_more_than_it_holds(tmp_path):
     ("path,text\na.wav,a dog\n", "no columns path"), ("file,caption\na.wav,a dog\n", "no columns path"),
     ("path,caption\na.wav,\n", "has no caption in captions.csv"), ("path,caption\na.wav\n", "has no caption"),
     ("path,caption\nnot_there.wav,a dog\n", "not_there.wav: no such audio file"), ("path,caption\n\xff\xfe", "UTF-8"),
-    ("path,caption\na.wav,a dog, then rain\n", "put quotes"), ('path,caption\na.wav,"a dog\nb.wav,rain\n', "not a CSV"),
+    ("path,caption\na.wav,a dog, then rain\n", "line 2: 3 fields, .* put quotes"),
+    ('path,caption\na.wav,rain\nb.wav,"a dog\n', "line 3: not a CSV"), ("path;caption\na.wav;a dog\n", "a comma between"),
+    ("path,caption,caption\na.wav,,a dog\n", "the column caption 2 times"),
     ("a,0,a dog,train\nb,half,a dog,train\n", "not every line is as VGGSound's are"),
     ("a,0,a dog,train\nb,0,a dog\n", "not every line is as VGGSound's are"),
 ])
@@ -279,6 +323,17 @@ def test_several_sources_and_a_blacklist(tmp_path, cache):
     clips, left_out = find_clips([audiocaps, wavcaps], cache, blacklists=[blacklist])
     assert {clip.caption for clip in clips} == {"Clanging, clanking", "A dog", "An airplane is landing."}
     assert sum(line.endswith("on a blacklist of test clips") for line in left_out) == 3
+
+
+@pytest.mark.parametrize("source", ["clips", "table.csv", "captions.csv"])
+def test_a_blacklist_counts_for_every_kind_of_source(tmp_path, cache, source):
+    (path, folder), _ = publish(tmp_path, "ESC-50")
+    (tmp_path / "table.csv").write_text("path,caption\nclips/1-2-A-3.wav,a cow\nclips/5-9-B-38.wav,water\n")
+    (tmp_path / "blacklist.json").write_text('{"FreeSound": ["1-2-A-3.wav"]}')
+    clips, left_out = find_clips([[tmp_path / source]], cache, captions=source != "clips",
+                                 blacklists=[tmp_path / "blacklist.json"])
+    assert clips and all(clip.path.stem != "1-2-A-3" for clip in clips)
+    assert f"{folder / '1-2-A-3.wav'}: on a blacklist of test clips" in left_out
 
 
 def test_files_of_one_name_are_not_guessed(tmp_path, cache):
