@@ -395,6 +395,8 @@ def read_state(path: Path, identity: dict[str, str]) -> dict | None:
     try:
         state = weights.read_pytorch(path)
         different = [name for name, value in identity.items() if state["identity"].get(name) != value]
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:
         raise ValueError(f"{path}: damaged ({weights.first_line(error)}); begin anew with --overwrite") from None
     if different:
@@ -787,7 +789,7 @@ def train_tokenizer(captions: list[str], vocabulary: int) -> sentencepiece.Sente
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions), model_writer=model, vocab_size=vocabulary, hard_vocab_limit=False,
-            character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+            max_sentence_length=2 ** 20, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     except RuntimeError as error:                        # more kinds of characters than tokens
         raise ValueError(f"no tokenizer of {vocabulary} tokens can be made of these captions: give the text encoder a "
                          f"larger vocabulary in config.json, or take --flan-t5 ({weights.first_line(error)})") from None
@@ -1070,7 +1072,9 @@ def parse() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     add("--workers", type=int, default=2, help="processes that read data, for each that trains (default: 2)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.cache = args.cache or args.checkpoint.parent / "cache"
+    return args
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -1078,8 +1082,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     for rate in args.rates:
         check_rate(rate)
     for folder in (args.checkpoint, args.cache):
-        if folder and folder.exists() and not folder.is_dir():
+        if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; name a folder")
+    if args.checkpoint.resolve() == args.cache.resolve():
+        raise ValueError(f"{args.checkpoint} is the folder of the cache; name another --checkpoint, or a --cache")
     for name in ("epochs", "batch", "lr", "accumulate"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -1253,7 +1259,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     if "ldm" in args.jobs:
         check_ldm(args, config)
     settings = pick_settings(args, config)
-    cache = Cache(args.cache or folder.parent / "cache")
+    cache = Cache(args.cache)
     train, val, left_out = find_data(args, cache)
     run = Run(folder=folder, config=config, settings=settings, train=train, val=val, rates=sorted(set(args.rates)),
               any_rate=args.any_rate, start=args.start_from, decoder_only=args.decoder_only,
@@ -1262,8 +1268,11 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
               accumulate=args.accumulate, activation_checkpointing=args.activation_checkpointing,
               save_minutes=args.save_minutes, plot=args.plot)
     if not args.overwrite:
-        for name in outputs:                             # refuses another run's state
-            read_state(folder / f"{name}_state.pt", run.identity(name))
+        for name, output in outputs.items():             # refuses another run's state
+            state = read_state(folder / f"{name}_state.pt", run.identity(name))
+            if state and state["best"] < math.inf and not (folder / output).is_file():
+                raise ValueError(f"{folder / output} is gone, the best weights of a run that {name}_state.pt goes on "
+                                 f"with; put it back, or begin anew with --overwrite")
     report(run, left_out)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)

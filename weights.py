@@ -71,6 +71,8 @@ def read_file(path: Path) -> Weights:
         if not all(name.isprintable() and len(name) < 500 for name in tensors):
             raise ValueError("a tensor's name is not printable")
         return tensors
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:                           # whatever the parsers stumble over
         raise ValueError(f"{path}: damaged, or not a weight file ({first_line(error)})") from None
 
@@ -377,8 +379,13 @@ def import_checkpoint(args: argparse.Namespace) -> None:
         sizes, *rest = VAE.published(args.vae)
         config = replace(config, vae=sizes)
         parts["vae.pt"] = build(VAE, sizes, *rest)
+    for option, files in (("--vocoder", args.vocoder), ("--discriminators", args.discriminators)):
+        rates = [rate for rate, _ in files]
+        for rate in rates:
+            check_rate(rate)
+            if rates.count(rate) > 1:
+                raise ValueError(f"{option} {rate} is there twice; name one file for each rate")
     for rate, path in args.vocoder:
-        check_rate(rate)
         sizes, *rest = Generator.published(path, STRIDES[rate])
         channels = {"channels": sizes["channels"]}
         if sizes != channels | {"strides": STRIDES[rate], "kernels": KERNELS, "n_mels": RATES[rate].n_mels}:
@@ -389,7 +396,6 @@ def import_checkpoint(args: argparse.Namespace) -> None:
         config = replace(config, vocoder=channels)
         parts[f"vocoder_{rate}.pt"] = build(Generator, sizes, *rest)
     for rate, path in args.discriminators:
-        check_rate(rate)
         parts[f"discriminators_{rate}.pt"] = discriminators_from_pretrained(path)
     if args.flan_t5:
         encoder = TextEncoder.from_pretrained(args.flan_t5)

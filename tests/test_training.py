@@ -1,6 +1,7 @@
 """Training that can be trusted: the order of the data, exact resume, several processes, the cache, the paper's
 regimes."""
 import csv
+import errno
 import json
 import multiprocessing
 import os
@@ -204,7 +205,7 @@ def test_a_halved_vae_is_trained_on_with_the_same_loss(start, command, tmp_path,
 def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, command, tmp_path, checkpoint):
     folder = shutil.copytree(checkpoint, tmp_path / "start")
     (folder / "text_encoder.pt").unlink()
-    (tmp_path / "more.csv").write_text("path,caption\n" + "a.wav,zithers jingle\n" * 9)
+    (tmp_path / "more.csv").write_text("path,caption\na.wav," + 500 * "zithers jingle " + "\n")
     status, _, err = command(*start("ldm", tmp_path / "run", "--start-from", folder, "--epochs", 1,
                                     "--tokenizer-captions", tmp_path / "more.csv"))
     assert status == 0, err
@@ -259,6 +260,9 @@ def test_a_run_that_is_done_is_not_done_again(start, command, tmp_path):
     assert status == 0 and "trained already" in out and (tmp_path / "run" / "vae.pt").read_bytes() == before
     status, _, err = command(*start("vae", tmp_path / "run", "--lr", 1e-3))
     one_line(status, err, "vae_state.pt", "the settings", "--overwrite")
+    (tmp_path / "run" / "vae.pt").unlink()               # it would not be written again
+    status, _, err = command(*start("vae", tmp_path / "run"))
+    one_line(status, err, "vae.pt is gone", "--overwrite")
     status, out, _ = command(*start("vae", tmp_path / "run", "--overwrite", "--lr", 1e-3))
     assert status == 0 and (tmp_path / "run" / "vae.pt").read_bytes() != before
 
@@ -313,6 +317,20 @@ def test_a_damaged_state_is_named(start, command, tmp_path, harm):
         torch.save({"step": 3}, tmp_path / "run" / "vae_state.pt")
     status, _, err = command(*start("vae", tmp_path / "run"))
     one_line(status, err, "vae_state.pt", "damaged", "--overwrite")
+
+
+def test_a_state_that_can_not_be_read_is_not_called_damaged(start, command, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "vae_state.pt").write_text("precious")
+    monkeypatch.setattr("weights.read_pytorch", refuse)
+    status, _, err = command(*start("vae", tmp_path / "run"))
+    one_line(status, err, "cannot read", "vae_state.pt: Permission denied")
+    with pytest.raises(OSError, match="cannot read .*vae_state.pt: Permission denied"):
+        weights.read(tmp_path / "run" / "vae_state.pt")
+    assert "--overwrite" not in err
 
 
 def test_ctrl_c_while_a_job_is_last_validated_ends_the_run(start, command, tmp_path, monkeypatch):

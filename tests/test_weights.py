@@ -430,6 +430,7 @@ def test_import_of_vocoders(tmp_path, run):
     for arguments, parts in [
             ((16_000, tmp_path / "narrow"), ["narrow", "channels", "32", "64"]),
             ((44_100, tmp_path / "g"), ["44100"]), ((16_000, tmp_path / "nothing"), ["nothing: no such weight file"]),
+            ((16_000, tmp_path / "g", "--vocoder", 16_000, tmp_path / "g"), ["--vocoder 16000 is there twice"]),
             ((16_000, tmp_path / "do"), ["do: tensor msd.discriminators.0.convs.0.weight_g is missing"])]:
         status, _, err = run("import", "--checkpoint", ours, "--vocoder", *arguments)
         assert status == 2 and len(err.splitlines()) == 1 and all(part in err for part in parts), err
