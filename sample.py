@@ -7,7 +7,6 @@ another.  Prompts come from the command line or from a file: one a line, or a CS
 whose ids name the files (as a test set has them).
 """
 import argparse
-import csv
 import importlib.util
 import io
 import os
@@ -20,6 +19,7 @@ import soundfile
 from torch import Tensor
 
 import weights
+from data import by_column, read_csv
 from srcgaudio import RATES, SRCgAudio, check_rate, exit_cleanly, mel_spectrogram, pick_device
 
 
@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, default=8, help="prompts at a time (default: 8)")
     add("--out", type=Path, default=Path("."), metavar="FOLDER", help="where the WAV files go")
     add("--overwrite", action="store_true", help="replace files that are there")
+    add("--skip-existing", action="store_true", help="go on where a stopped run of this command was")
     add("--spectrogram", action="store_true", help="also draw each as a PNG (takes matplotlib)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
@@ -49,32 +50,30 @@ def parse() -> argparse.Namespace:
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
     """The (name, text) of each prompt in a file.  Raises ValueError naming the file and what is wrong with it."""
-    if not path.is_file():
+    if path.is_dir() or not path.exists():               # a pipe will do
         raise ValueError(f"{path}: no such file of prompts")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            if path.suffix.lower() != ".csv":
-                texts = [line.strip() for line in file if line.strip()]
-                prompts = [(slug(text), text) for text in texts]
-            else:
-                reader = csv.DictReader(file, strict=True)
-                if not {"id", "caption"} <= set(reader.fieldnames or []):
-                    raise ValueError(f"{path}: its first line must name the columns id and caption")
-                prompts = []
-                for row in reader:
-                    if None in row or not (row["caption"] or "").strip():
-                        raise ValueError(f"{path}, line {reader.line_num}: no caption, or more fields than the first "
-                                         f"line names; put quotes around a text with a comma")
-                    prompts.append((row["id"] or "", row["caption"]))
-                for name, _ in prompts:
-                    if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".") or len(name.encode()) > 200:
-                        raise ValueError(f"{path}: the id {name!r:.60} is no file name; use letters, digits, '_', '-' "
-                                         f"and '.', 200 bytes at most")
-                for name, times in Counter(name for name, _ in prompts).items():
-                    if times > 1:
-                        raise ValueError(f"{path}: the id {name} stands {times} times; each names a file")
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a text file in UTF-8, or a quote is left open ({error})") from None
+    if path.suffix.lower() in (".json", ".jsonl", ".tsv"):
+        raise ValueError(f"{path}: prompts come one a line in a .txt, or in a .csv with the columns id and caption")
+    if path.suffix.lower() == ".csv":
+        columns, *lines = read_csv(path)
+        if not {"id", "caption"} <= set(columns):
+            raise ValueError(f"{path}: its first line must name the columns id and caption, with a comma between them")
+        prompts = [(row["id"], row["caption"]) for row in by_column(columns, lines, path)]
+        for name, text in prompts:
+            if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".") or len(name.encode()) > 200:
+                raise ValueError(f"{path}: the id {name!r:.60} is no file name; use letters, digits, '_', '-' and '.', "
+                                 f"200 bytes at most")
+            if not text.strip():
+                raise ValueError(f"{path}: the id {name} has no caption")
+        for name, times in Counter(name for name, _ in prompts).items():
+            if times > 1:
+                raise ValueError(f"{path}: the id {name} stands {times} times; each names a file")
+    else:
+        try:
+            texts = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
+        prompts = [(slug(text), text.strip()) for text in texts if text.strip()]
     if not prompts:
         raise ValueError(f"{path}: no prompts in it")
     return prompts
@@ -111,8 +110,8 @@ def plan(args: argparse.Namespace) -> list[tuple[str, str]]:
         for rate in args.rate:
             for suffix in (".wav", ".png") if args.spectrogram else (".wav",):
                 path = output_path(args.out, name, rate, suffix)
-                if path.exists() and not args.overwrite:
-                    raise ValueError(f"{path} exists; name another --out, or say --overwrite")
+                if path.exists() and not args.overwrite and not args.skip_existing:
+                    raise ValueError(f"{path} exists; name another --out, or say --overwrite or --skip-existing")
     return list(named.items())
 
 
@@ -164,17 +163,20 @@ def main() -> None:
     for rate in args.rate:
         for first in range(0, len(prompts), args.batch):
             batch = prompts[first:first + args.batch]
+            if args.skip_existing and all(output_path(args.out, name, rate, ".wav").exists() for name, _ in batch):
+                print(f"{batch[0][0]} to {batch[-1][0]} at {rate} Hz: there already")
+                continue
             waves = model.generate([text for _, text in batch], rate, args.seconds, args.steps, args.guidance,
                                    args.seed + first, progress=True).cpu()                   # (B, samples)
             for (name, text), wave in zip(batch, waves):
                 path = output_path(args.out, name, rate, ".wav")
                 if not wave.isfinite().all():
                     raise ValueError(f"{args.checkpoint}: the model generated NaN for {text!r}; its weights are broken")
-                write_wav(wave, rate, path)
-                print(f"{path}: {text!r}, {len(wave) / rate:.2f} s at {rate} Hz, peak {wave.abs().max():.2f}",
-                      flush=True)
                 if args.spectrogram:
                     draw(wave, rate, text, output_path(args.out, name, rate, ".png"))
+                write_wav(wave, rate, path)              # the last of the two: --skip-existing goes by it
+                print(f"{path}: {text!r}, {len(wave) / rate:.2f} s at {rate} Hz, peak {wave.abs().max():.2f}",
+                      flush=True)
 
 
 if __name__ == "__main__":

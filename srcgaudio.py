@@ -582,13 +582,13 @@ class SRCgAudio:
         """
         folder = Path(folder)
         config = cls.load_config(folder)
-        for rate in rates or []:
+        there = [rate for rate in RATES if (folder / f"vocoder_{rate}.pt").is_file()]
+        rates = there if rates is None else list(rates)
+        for rate in rates:
             check_rate(rate)
-            if not (folder / f"vocoder_{rate}.pt").is_file():
+            if rate not in there:
                 raise ValueError(f"{folder}: no vocoder for {rate} Hz (vocoder_{rate}.pt); "
                                  f"`train.py vocoder --rates {rate}` trains one")
-        if rates is None:
-            rates = [rate for rate in RATES if (folder / f"vocoder_{rate}.pt").is_file()]
         text_encoder, unet = cls.load_text_encoder(folder), cls.load_unet(folder)
         check_widths(text_encoder, unet, folder / "config.json")
         return cls(config, text_encoder, cls.load_vae(folder), unet,
@@ -606,8 +606,8 @@ class SRCgAudio:
             weights.save(vocoder.state_dict(), folder / f"vocoder_{rate}.pt")
 
     def to(self, device: torch.device | str, precision: str = "auto") -> "SRCgAudio":
-        """Move all parts to a device; `precision` is auto, bf16 or fp32."""
-        device = torch.device(device)
+        """Move all parts to a device; `precision` is auto, bf16 or fp32.  Raises ValueError for others."""
+        device = pick_device(str(device))
         for part in (self.text_encoder, self.vae, self.unet, *self.vocoders.values()):
             part.to(device)
         self.device, self.precision = device, pick_precision(device, precision)
@@ -640,8 +640,9 @@ class SRCgAudio:
         guidance = self.config.guidance if guidance is None else guidance
         seed = operator.index(seed)                      # NumPy's integers too
         check_rate(rate)
-        if not prompts or isinstance(prompts, str):
-            raise ValueError(f"there is no prompt; prompts must be a list of texts, got {prompts!r:.50}")
+        prompts = [] if isinstance(prompts, str) else list(prompts)
+        if not prompts or not all(isinstance(text, str) for text in prompts):
+            raise ValueError("there is no prompt; prompts must be a list of texts, one at least")
         if not 0.1 <= seconds <= 60:
             raise ValueError(f"seconds must be from 0.1 to 60, got {seconds}")
         if not 0 <= guidance <= 100:

@@ -143,6 +143,19 @@ def test_prompts_from_files(checkpoint, command, tmp_path):
         "a_dog_barks_16000.wav", "rain_on_a_roof_16000.wav", "Y1_a_16000.wav", "Y2-b_16000.wav"}
 
 
+def test_sampling_goes_on_where_it_was_stopped(checkpoint, command, tmp_path):
+    arguments = ("sample.py", "rain", "wind", "sea", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint,
+                 "--batch", 1, "--out", tmp_path)
+    assert command(*arguments)[0] == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "sea_16000.wav").unlink()
+    (tmp_path / "wind_16000.wav").write_text("there already")
+    status, out, err = command(*arguments, "--skip-existing")
+    assert status == 0 and "wind to wind at 16000 Hz: there already" in out, err
+    assert (tmp_path / "sea_16000.wav").read_bytes() == before["sea_16000.wav"]
+    assert (tmp_path / "wind_16000.wav").read_text() == "there already"
+
+
 def test_equal_prompts_get_names_of_their_own(checkpoint, command, tmp_path):
     assert command("sample.py", "rain", "Rain!", "rain", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint,
                    "--out", tmp_path, "--rate", 16000, 16000)[0] == 0            # a rate named twice is made once
@@ -215,7 +228,8 @@ def test_sampling_mistakes(checkpoint, command, tmp_path, arguments, parts):
     ("g.csv", f"id,caption\n{'x' * 250},rain\n", "200 bytes"), ("c.txt", "\xff\xfe\x00", "UTF-8"),
     ("d.csv", "id,caption\n1,rain, and a dog\n", "line 2"), ("e.csv", "id,caption\n1\n", "no caption"),
     ("f.csv", 'id,caption\n1,"rain\n2,wind\n', "quote"), ("h.csv", "id,caption\n1, \n", "no caption"),
-    ("i.csv", "id,caption\n1,rain\n1,wind\n", "2 times"),
+    ("i.csv", "id,caption\n1,rain\n1,wind\n", "2 times"), ("j.json", '{"caption": "rain"}', "one a line in a .txt"),
+    ("k.csv", "id,caption,caption\n1,rain,wind\n", "the column caption 2 times"),
 ])
 def test_bad_prompt_files(checkpoint, command, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content.encode("latin-1"))
@@ -341,10 +355,11 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     (["vae", "--save-minutes", "-1"], ["--save-minutes"]),
     (["vae", "--blacklist", "not_there.json"], ["not_there.json"]),
     (["vae", "--cache", __file__], ["test_commands.py is a file"]),
+    (["vae", "--cache", "runs/a", "--checkpoint", "runs/a"], ["runs/a is the folder of the cache", "--cache"]),
 ])
 def test_training_mistakes(command, tmp_path, arguments, parts):
-    status, _, err = command("train.py", "--preset", "tiny", *arguments, "--data", few_clips(tmp_path), "--checkpoint",
-                             tmp_path / "run")
+    status, _, err = command("train.py", "--checkpoint", tmp_path / "run", "--preset", "tiny", *arguments, "--data",
+                             few_clips(tmp_path))
     one_line(status, err, *parts)
 
 

@@ -356,6 +356,13 @@ def test_bfloat16_does_not_reach_the_vocoder(model):
     assert computed == [torch.float32]
 
 
+def test_prompts_may_come_in_any_container(model):
+    texts = ["a dog barks", "the sea"]
+    expected = model.generate(texts, 16_000, 0.2, 1)
+    for prompts in (tuple(texts), np.array(texts), (text for text in texts)):
+        assert torch.equal(model.generate(prompts, 16_000, 0.2, 1), expected)
+
+
 def test_every_rate_starts_from_the_same_noise(model, monkeypatch):
     started = []
     ddim = model.schedule.ddim
@@ -393,6 +400,7 @@ def test_guidance_is_the_checkpoints_unless_asked_for(model, monkeypatch, own):
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(prompts=[]), "no prompt"), (dict(prompts="a dog"), "a list of texts"),
+    (dict(prompts=["a dog", None]), "a list of texts"),
     (dict(rate=22_050), "no sampling rate 22050"), (dict(seconds=0), "0.1 to 60"),
     (dict(seconds=math.nan), "0.1 to 60"), (dict(seconds=1e9), "0.1 to 60"), (dict(steps=0), "from 1 to 1000"),
     (dict(steps=1001), "from 1 to 1000"), (dict(guidance=-1), "0 to 100"), (dict(guidance=math.inf), "0 to 100"),
@@ -400,6 +408,12 @@ def test_guidance_is_the_checkpoints_unless_asked_for(model, monkeypatch, own):
 def test_generate_refuses_what_is_out_of_range(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.generate(**(dict(prompts=["a"], rate=16_000, seconds=0.5, steps=1) | arguments))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense"])
+def test_a_device_that_is_not_there_is_named(model, device):
+    with pytest.raises(ValueError, match=f"no device '{device}'"):
+        model.to(device)
 
 
 def test_a_checkpoint_comes_back_as_it_was(model, checkpoint):
