@@ -394,7 +394,8 @@ def read_state(path: Path, identity: dict[str, str]) -> dict | None:
         return None
     try:
         state = weights.read_pytorch(path)
-        different = [name for name, value in identity.items() if state["identity"].get(name) != value]
+        known = state["identity"]
+        different = [name for name, value in identity.items() if known.get(name) != value]
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:
@@ -1134,23 +1135,28 @@ def find_outputs(args: argparse.Namespace) -> dict[str, str]:
     for job, name in outputs.items():
         if (folder / name).exists() and not (folder / f"{job}_state.pt").exists() and not args.overwrite:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
-    new_vae = "vae" in outputs and (args.overwrite or not (folder / "vae.pt").exists())
-    if new_vae and "ldm" not in outputs and (folder / "unet.pt").exists():
+    if "vae" in outputs and (folder / "unet.pt").exists():
+        states = {} if args.overwrite else {job: read_state(folder / f"{job}_state.pt", {}) for job in outputs}
+        vae_changes = not states.get("vae") or states["vae"]["kept"]
+        unet_stays = "ldm" not in outputs or states.get("ldm")
         # unet.pt without vae.pt: an earlier run of this command copied it, and was stopped before it first saved a VAE.
-        if not args.decoder_only or latents_differ(folder, args.start_from):
+        latents_stay = args.decoder_only and not latents_differ(folder, args.start_from)
+        if vae_changes and unet_stays and not latents_stay:
             raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE it was trained with alone; name "
-                             f"another --checkpoint, train both anew (vae ldm), or keep the latents with "
+                             f"another --checkpoint, train both anew (vae ldm --overwrite), or keep the latents with "
                              f"--decoder-only --start-from {folder}")
     return outputs
 
 
 def find_copies(args: argparse.Namespace, config: Config, outputs: dict[str, str]) -> list[Path]:
     """What the folder to start from has, this checkpoint lacks, and this run does not make."""
-    preset = SRCgAudio.load_config(args.start_from).preset
-    if preset != config.preset:
-        raise ValueError(f"{args.start_from} holds the preset {preset!r}, {args.checkpoint} {config.preset!r}; start "
-                         f"from another folder")
+    start_config = SRCgAudio.load_config(args.start_from)
+    if start_config.preset != config.preset:
+        raise ValueError(f"{args.start_from} holds the preset {start_config.preset!r}, {args.checkpoint} "
+                         f"{config.preset!r}; start from another folder")
     not_copied = set(outputs.values())
+    if (start_config.unet, start_config.text_encoder) != (config.unet, config.text_encoder):
+        not_copied.add("unet.pt")                        # config.json describes another
     new_latents = "vae" in args.jobs and not args.decoder_only
     if new_latents or latents_differ(args.checkpoint, args.start_from):
         not_copied.add("unet.pt")                        # of no use in another VAE's latents

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CAPTIONS, HERE
+from conftest import CAPTIONS, HERE, untrained
 from test_commands import few_clips, one_line
 from test_paper import gaussian_noise
 
@@ -599,6 +599,31 @@ def test_a_vocoder_without_another_starts_anew(start, command, tmp_path, checkpo
 def test_a_new_vae_takes_no_unet_of_another(start, command, tmp_path):
     assert command(*start("vae", tmp_path / "run"))[0] == 0
     assert not (tmp_path / "run" / "unet.pt").exists()
+
+
+def test_a_vae_does_not_change_under_a_unet(start, command, tmp_path, monkeypatch):
+    """Neither when it goes on after an LDM was trained beside it, nor when it is gone and trained anew."""
+    run, vae = tmp_path / "run", start("vae", tmp_path / "run")
+    with monkeypatch.context() as stopping:
+        stopping.setattr("train.Ema.update", lambda _, network, step: step == 3 and signal.raise_signal(signal.SIGINT))
+        assert command(*vae)[0] == 130
+    weights.save(untrained(seed=1).vae.state_dict(), run / "vae.pt")   # as a validation would have left it
+    assert command(*start("ldm", run, "--epochs", 1))[0] == 0
+    before = (run / "vae.pt").read_bytes()
+    both = vae[:1] + ["vae", "ldm"] + vae[2:] + ["--epochs", 1]
+    one_line(*command(*vae)[::2], "unet.pt knows the latents", "vae ldm --overwrite")
+    assert (run / "vae.pt").read_bytes() == before
+    (run / "vae.pt").unlink()
+    (run / "vae_state.pt").unlink()
+    one_line(*command(*both)[::2], "unet.pt knows the latents", "vae ldm --overwrite")
+    assert command(*both, "--overwrite")[0] == 0
+
+
+def test_a_unet_of_other_tokens_is_not_copied(start, command, tmp_path, checkpoint):
+    config = SRCgAudio.load_config(checkpoint)
+    SRCgAudio.save_config(replace(config, unet=config.unet | {"tokens": ["time"]}), tmp_path / "run")
+    status, _, err = command(*start("vocoder", tmp_path / "run", "--epochs", 1))
+    assert status == 0 and (tmp_path / "run" / "vae.pt").exists() and not (tmp_path / "run" / "unet.pt").exists(), err
 
 
 def test_a_recording_is_held_out_with_all_its_captions(command, tmp_path):
