@@ -596,14 +596,14 @@ class SRCgAudio:
 
     def save(self, folder: str | Path) -> None:
         """Write the checkpoint folder that `load` reads."""
-        folder = Path(folder)
-        self.save_config(self.config, folder)
-        if isinstance(self.config.text_encoder, dict):   # a FLAN-T5 stays in its own folder
-            self.text_encoder.save(folder)
-        weights.save(self.vae.state_dict(), folder / "vae.pt")
-        weights.save(self.unet.state_dict(), folder / "unet.pt")
-        for rate, vocoder in self.vocoders.items():
-            weights.save(vocoder.state_dict(), folder / f"vocoder_{rate}.pt")
+        with weights.replace_files(Path(folder)) as new:
+            self.save_config(self.config, new)
+            if isinstance(self.config.text_encoder, dict):         # a FLAN-T5 stays in its own folder
+                self.text_encoder.save(new)
+            weights.save(self.vae.state_dict(), new / "vae.pt")
+            weights.save(self.unet.state_dict(), new / "unet.pt")
+            for rate, vocoder in self.vocoders.items():
+                weights.save(vocoder.state_dict(), new / f"vocoder_{rate}.pt")
 
     def to(self, device: torch.device | str, precision: str = "auto") -> "SRCgAudio":
         """Move all parts to a device; `precision` is auto, bf16 or fp32.  Raises ValueError for others."""

@@ -20,7 +20,10 @@ import mmap
 import os
 import pickletools
 import re
+import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -329,10 +332,23 @@ def replace_file(path: str | Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except (OSError, RuntimeError) as error:             # torch's is the second
+    except OSError as error:
         raise OSError(f"cannot write {path}: {first_line(error)}") from None
+    except RuntimeError as error:                        # torch's, which says little
+        raise OSError(f"cannot write {path}; is the disk full? ({first_line(error)})") from None
     finally:
         new.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_files(folder: Path) -> Iterator[Path]:
+    """A new folder within `folder`, which its files go to when all are written: a full disk leaves those that were
+    there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="new_", dir=folder) as new:
+        yield Path(new)
+        for path in Path(new).iterdir():
+            os.replace(path, folder / path.name)
 
 
 def save(content: object, path: str | Path) -> None:
@@ -419,18 +435,19 @@ def import_checkpoint(args: argparse.Namespace) -> None:
 
     if not parts and not args.flan_t5:
         raise ValueError("there is nothing to import; name a --vae, --vocoder, --discriminators, --flan-t5 or --unet")
-    for name in parts:
+    for name in [*parts, "text_encoder.pt"] if args.flan_t5 else parts:
         if (folder / name).exists() and not args.overwrite:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
     if "vae.pt" in parts and "unet.pt" not in parts and (folder / "vae.pt").exists() and (folder / "unet.pt").exists():
         raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE beside it alone; import both, or name "
                          f"another --checkpoint")
-    SRCgAudio.save_config(config, folder)
-    for name, part in parts.items():
-        if name == "text_encoder.pt":
-            part.save(folder)
-        else:
-            save(part.state_dict(), folder / name)
+    with replace_files(folder) as new:
+        SRCgAudio.save_config(config, new)
+        for name, part in parts.items():
+            if name == "text_encoder.pt":
+                part.save(new)
+            else:
+                save(part.state_dict(), new / name)
     print(f"{folder}: config.json{''.join(f', {name}' for name in parts)}")
 
 

@@ -402,6 +402,14 @@ def test_import_makes_tango_run(tango, tmp_path, run):
     assert status == 2 and "64" in err and "96" in err and len(err.splitlines()) == 1, err
 
 
+def test_an_import_replaces_no_text_encoder_unasked(checkpoint, tmp_path, run):
+    ours = shutil.copytree(checkpoint, tmp_path / "ours")
+    status, _, err = run("export", "--checkpoint", checkpoint, "--out", tmp_path / "exported")
+    assert status == 0, err
+    status, _, err = run("import", "--checkpoint", ours, "--flan-t5", tmp_path / "exported" / "text_encoder")
+    assert status == 2 and "text_encoder.pt exists" in err, err
+
+
 def test_tango_begins_a_joint_training(tango):
     folder, plain, *_ = tango
     unet = UNet.from_pretrained(folder / "pytorch_model_main.bin", add_tokens=("time", "rate"))
