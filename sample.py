@@ -38,8 +38,10 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="prompt i starts from the noise of seed + i")
     add("--batch", type=int, default=8, help="prompts at a time (default: 8)")
     add("--out", type=Path, default=Path("."), metavar="FOLDER", help="where the WAV files go")
-    add("--overwrite", action="store_true", help="replace files that are there")
-    add("--skip-existing", action="store_true", help="go on where a stopped run of this command was")
+    there = parser.add_mutually_exclusive_group()
+    there.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    there.add_argument("--skip-existing", action="store_true",
+        help="keep the WAV files that are there, and make the others: goes on with a run that was stopped")
     add("--spectrogram", action="store_true", help="also draw each as a PNG (takes matplotlib)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
@@ -163,12 +165,16 @@ def main() -> None:
     for rate in args.rate:
         for first in range(0, len(prompts), args.batch):
             batch = prompts[first:first + args.batch]
-            if args.skip_existing and all(output_path(args.out, name, rate, ".wav").exists() for name, _ in batch):
-                print(f"{batch[0][0]} to {batch[-1][0]} at {rate} Hz: there already")
+            kept = [name for name, _ in batch
+                    if args.skip_existing and output_path(args.out, name, rate, ".wav").exists()]
+            if len(kept) == len(batch):
+                print(f"{kept[0]} to {kept[-1]} at {rate} Hz: there already")
                 continue
             waves = model.generate([text for _, text in batch], rate, args.seconds, args.steps, args.guidance,
                                    args.seed + first, progress=True).cpu()                   # (B, samples)
             for (name, text), wave in zip(batch, waves):
+                if name in kept:
+                    continue
                 path = output_path(args.out, name, rate, ".wav")
                 if not wave.isfinite().all():
                     raise ValueError(f"{args.checkpoint}: the model generated NaN for {text!r}; its weights are broken")

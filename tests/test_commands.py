@@ -8,6 +8,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,16 +145,17 @@ def test_prompts_from_files(checkpoint, command, tmp_path):
 
 
 def test_sampling_goes_on_where_it_was_stopped(checkpoint, command, tmp_path):
-    arguments = ("sample.py", "rain", "wind", "sea", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint,
-                 "--batch", 1, "--out", tmp_path)
+    arguments = ("sample.py", "rain", "fire", "wind", "sea", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint,
+                 "--out", tmp_path, "--batch", 2)
     assert command(*arguments)[0] == 0
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    sea = (tmp_path / "sea_16000.wav").read_bytes()
     (tmp_path / "sea_16000.wav").unlink()
-    (tmp_path / "wind_16000.wav").write_text("there already")
+    (tmp_path / "wind_16000.wav").write_text("precious")           # in the sea's batch
     status, out, err = command(*arguments, "--skip-existing")
-    assert status == 0 and "wind to wind at 16000 Hz: there already" in out, err
-    assert (tmp_path / "sea_16000.wav").read_bytes() == before["sea_16000.wav"]
-    assert (tmp_path / "wind_16000.wav").read_text() == "there already"
+    assert status == 0 and "rain to fire at 16000 Hz: there already" in out, err
+    assert (tmp_path / "sea_16000.wav").read_bytes() == sea
+    assert (tmp_path / "wind_16000.wav").read_text() == "precious"
+    assert command(*arguments, "--skip-existing", "--overwrite")[0] == 2
 
 
 def test_equal_prompts_get_names_of_their_own(checkpoint, command, tmp_path):
@@ -371,7 +373,7 @@ def test_training_replaces_no_weights_unasked(checkpoint, command, tmp_path):
     one_line(status, err, "'tiny'", "'small'")
     status, _, err = command("train.py", "vae", "--data", few_clips(tmp_path), "--checkpoint", checkpoint,
                              "--overwrite")
-    one_line(status, err, "unet.pt knows the latents", "vae ldm")
+    one_line(status, err, "unet.pt knows the latents", "vae ldm --overwrite")
 
 
 def test_a_mistake_loses_and_leaves_nothing(checkpoint, command, tmp_path):
@@ -403,6 +405,18 @@ def test_a_full_disk_loses_nothing(checkpoint, tmp_path):
                             text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     one_line(result.returncode, result.stderr, "vae.pt")
     assert (checkpoint / "vae.pt").read_bytes() == before and not (checkpoint / "vae.pt.new").exists()
+
+
+def test_a_full_disk_leaves_a_checkpoint_whole(checkpoint, tmp_path):
+    """None of its files is replaced when not all can be."""
+    folder = shutil.copytree(checkpoint, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    limit = max(map(len, before.values())) // 2 - 10_000           # float16 files, one of them too large
+    arguments = ["--checkpoint", folder, "--out", folder, "--overwrite"]
+    result = subprocess.run([sys.executable, "weights.py", "halve", *arguments], cwd=ROOT, capture_output=True, text=True,
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    one_line(result.returncode, result.stderr, "cannot write", "is the disk full?")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_full_disk_is_named_when_sampling(checkpoint, tmp_path):
