@@ -412,8 +412,8 @@ def test_a_full_disk_leaves_a_checkpoint_whole(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     limit = max(map(len, before.values())) // 2 - 10_000           # float16 files, one of them too large
-    arguments = ["--checkpoint", folder, "--out", folder, "--overwrite"]
-    result = subprocess.run([sys.executable, "weights.py", "halve", *arguments], cwd=ROOT, capture_output=True, text=True,
+    arguments = ["halve", "--checkpoint", folder, "--out", folder, "--overwrite"]
+    result = subprocess.run([sys.executable, "weights.py", *arguments], cwd=ROOT, capture_output=True, text=True,
                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     one_line(result.returncode, result.stderr, "cannot write", "is the disk full?")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
