@@ -75,7 +75,8 @@ def read_blocks(path: str | Path, first: int = 0, samples: int = -1) -> Iterator
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such audio file")
-    whole, length = first == 0 and samples < 0, 0
+    whole = first == 0 and samples < 0
+    length = 0
     try:
         with soundfile.SoundFile(path) as file:
             promised = file.frames
@@ -124,7 +125,7 @@ def ends_early(path: Path, sound: soundfile.SoundFile) -> bool:
 
 
 def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
-    """Windowed-sinc resampling, (L,) at `rate` -> (ceil(L * new_rate / rate),) at `new_rate`.
+    """Resampling by a sinc in Kaiser's window, (L,) at `rate` -> (ceil(L * new_rate / rate),) at `new_rate`.
 
     The low-pass is flat to 0.9 of the lower Nyquist frequency, and more than 80 dB down from that frequency on.
     Output n lies at input time n * rate / new_rate; with the ratio reduced to down / up, outputs n and n + up take the

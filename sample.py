@@ -38,9 +38,9 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="prompt i starts from the noise of seed + i")
     add("--batch", type=int, default=8, help="prompts at a time (default: 8)")
     add("--out", type=Path, default=Path("."), metavar="FOLDER", help="where the WAV files go")
-    there = parser.add_mutually_exclusive_group()
-    there.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    there.add_argument("--skip-existing", action="store_true",
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    existing.add_argument("--skip-existing", action="store_true",
         help="keep the WAV files that are there, and make the others: goes on with a run that was stopped")
     add("--spectrogram", action="store_true", help="also draw each as a PNG (takes matplotlib)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
@@ -86,7 +86,7 @@ def slug(text: str) -> str:
     return re.sub(r"\W+", "_", text.lower()).strip("_").encode(errors="ignore")[:60].decode(errors="ignore") or "prompt"
 
 
-def plan(args: argparse.Namespace) -> list[tuple[str, str]]:
+def pick_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The (name, text) of all prompts, the names made unique.  Raises ValueError if an output is there already."""
     if args.prompts and args.prompts_file:
         raise ValueError("texts and --prompts-file at once; name the one or the other")
@@ -156,7 +156,7 @@ def main() -> None:
         raise ValueError("--spectrogram draws with matplotlib, which is not installed: pip install matplotlib")
     if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ValueError("--compile takes a C++ compiler, and g++ is not there: install it, or name another in CXX")
-    prompts = plan(args)
+    prompts = pick_prompts(args)
     device = pick_device(args.device)
     model = SRCgAudio.load(args.checkpoint, args.rate).to(device, args.precision)
     if args.compile:
@@ -170,6 +170,7 @@ def main() -> None:
             if len(kept) == len(batch):
                 print(f"{kept[0]} to {kept[-1]} at {rate} Hz: there already")
                 continue
+            # All of the batch: its item i starts from the noise of seed + first + i
             waves = model.generate([text for _, text in batch], rate, args.seconds, args.steps, args.guidance,
                                    args.seed + first, progress=True).cpu()                   # (B, samples)
             for (name, text), wave in zip(batch, waves):

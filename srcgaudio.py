@@ -80,7 +80,7 @@ def mel_constants(rate: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def mel_spectrogram(wave: Tensor, rate: int) -> Tensor:
     """Log-mel of a wave at one of the four rates, (B, L) -> (B, L // hop, 64), natural logarithm, floor 1e-5.
 
-    AudioLDM's: magnitudes, Hann window of n_fft, reflect padding; its one frame more at the end is dropped.
+    AudioLDM's: magnitudes, Hann window of n_fft, reflect padding; the last frame, which centring adds, is dropped.
     The level is taken as it is.  Raises ValueError for another rate or fewer than n_fft / 2 + 1 samples.
     """
     check_rate(rate)
@@ -120,7 +120,8 @@ class NoiseSchedule:
         z_0, eps: (B, 8, T/4, 16) clean latent and standard normal noise.  t: (B,) indices, 0 to 999.
         """
         alpha_bar = self.alpha_bar.to(z_0)[t].view(-1, 1, 1, 1)                          # (B, 1, 1, 1)
-        # Eq. (1), step after step from z_0 to z_t: q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
+        # Eq. (1): q(z_t | z_t-1) = N(sqrt(1 - beta_t) z_t-1, beta_t I).  t of these steps, from z_0 on, are one:
+        # q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
         return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps
 
     def eps_from_v(self, v: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
@@ -147,7 +148,8 @@ class NoiseSchedule:
         steps: 1 to T.  Returns z_0 in z_T's shape and precision.  `progress` shows a bar.
         """
         timesteps = self.ddim_timesteps(steps)
-        z_t = z_T
+        # Eq. (2): p_theta(z_0:T | psi(P), Sr) = p_theta(z_T) times all p_theta(z_t-1 | z_t, c), a factor at each turn
+        z_t = z_T                                        # z_T ~ N(0, I)
         # The last step ends at index 0, the paper's t = 1, as Stable Diffusion's does, and not at alpha_bar = 1: noise
         # of sqrt(1 - alpha_bar[0]) = 0.03 stays in what is returned.
         for t, t_next in zip(tqdm(timesteps, "DDIM", disable=not progress, leave=False), [*timesteps[1:], 0]):
@@ -164,8 +166,7 @@ def eps_theta(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: Tensor, rate:
               text_mask: Tensor) -> Tensor:
     """eps_theta(z_t, t, c): the noise that the network sees in z_t (B, 8, T/4, 16), whether it predicts eps or v.
 
-    c is made here, of t (index) and rate (Hz), (B,), and text (B, N, d) with text_mask (B, N); c_null has psi("") for
-    the text.
+    t (index), rate (Hz): (B,).  text (B, N, d), text_mask (B, N): psi(P), or psi("") for c_null.  c is made of them.
     """
     c, c_mask = unet.condition(t, rate, text, text_mask)
     predicted = unet(z_t, t, c, c_mask)
@@ -194,13 +195,13 @@ def guided_noise(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: int, rate:
     if w != 1:
         z_t = torch.cat([z_t, z_t])                                               # (2 B, 8, T/4, 16)
         # c_null = concat(psi(""), Sr) empties the text only: time step and rate stay
-        text, text_mask = torch.cat([text, null]), torch.cat([text_mask, null_mask])
-    batch_t = torch.full((len(z_t),), t, device=z_t.device)
+        text, text_mask = torch.cat([text, null]), torch.cat([text_mask, null_mask])         # (2 B, N, d), (2 B, N)
+    batch_t = torch.full((len(z_t),), t, device=z_t.device)                       # (2 B,)
     batch_rate = torch.full((len(z_t),), rate, device=z_t.device)
     eps = eps_theta(unet, schedule, z_t, batch_t, batch_rate, text, text_mask)
     if w == 1:
         return eps
-    eps_c, eps_null = eps.chunk(2)
+    eps_c, eps_null = eps.chunk(2)                                                # (B, 8, T/4, 16) each
     # Eq. (4): eps~ = w eps_theta(z_t, t, c) + (1 - w) eps_theta(z_t, t, c_null).  Elsewhere it is written as
     # eps_null + w (eps_c - eps_null), which is the same; the w of Ho and Salimans, the paper's [21], is smaller by one.
     return w * eps_c + (1 - w) * eps_null
@@ -412,6 +413,62 @@ def read_tokenizer(path: str | Path, vocabulary: int) -> sentencepiece.SentenceP
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Devices, precision and errors
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one.  Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()             # a meta device holds no numbers
+    except (RuntimeError, AssertionError, ImportError):
+        raise ValueError(f"there is no device {name!r} here; try --device cpu") from None
+    return device
+
+
+def pick_precision(device: torch.device, name: str = "auto") -> torch.dtype:
+    """"bf16", "fp32", or "auto": bfloat16 where the processor multiplies it in hardware, else float32."""
+    if name not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision must be auto, bf16 or fp32, got {name!r}")
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    if name == "auto":
+        cpu = torch.cpu.get_capabilities()
+        return torch.bfloat16 if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else torch.float32
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """In here networks compute in `precision`; their weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+def exit_cleanly(main) -> None:
+    """Run a command: a user's mistake ends in one line on stderr and status 2, Ctrl-C in status 130."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):               # a notebook's is no file
+            stream.reconfigure(errors="backslashreplace")         # a prompt may have characters that the terminal lacks
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished before is kept", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[-1]     # a worker's comes with its traceback
+        print(f"error: {line.removeprefix('ValueError: ')}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:         # torch has a class of its own for a GPU's memory alone
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        print("error: the memory is full; a smaller --batch takes less, and train.py has --accumulate", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The whole system (Fig. 1)
 
 
@@ -449,7 +506,7 @@ PRESETS = {
         seconds=4.8,
         guidance=1.5,                                    # at 3 it follows Sr less
     ),
-    # Section III-B, but for where cross-attention sits: that is what makes its 561 M parameters (see UNet).
+    # Section III-B, but for where cross-attention sits (see UNet).
     "paper": Config(
         preset="paper",
         vae=dict(widths=(128, 256, 512), blocks=2),
@@ -461,35 +518,6 @@ PRESETS = {
         seconds=10.24,
     ),
 }
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one.  Raises ValueError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()             # a meta device holds no numbers
-    except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(f"there is no device {name!r} here; try --device cpu") from None
-    return device
-
-
-def pick_precision(device: torch.device, name: str = "auto") -> torch.dtype:
-    """"bf16", "fp32", or "auto": bfloat16 where the processor multiplies it in hardware, else float32."""
-    if name not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"precision must be auto, bf16 or fp32, got {name!r}")
-    if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    if name == "auto":
-        cpu = torch.cpu.get_capabilities()
-        return torch.bfloat16 if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else torch.float32
-    return torch.bfloat16 if name == "bf16" else torch.float32
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """In here networks compute in `precision`; their weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
 def load_part(cls: type[nn.Module], arguments: dict, path: Path, source: Path) -> nn.Module:
@@ -640,7 +668,7 @@ class SRCgAudio:
         guidance = self.config.guidance if guidance is None else guidance
         seed = operator.index(seed)                      # NumPy's integers too
         check_rate(rate)
-        prompts = [] if isinstance(prompts, str) else list(prompts)
+        prompts = [] if isinstance(prompts, str) else list(prompts)              # a text is no list of its letters
         if not prompts or not all(isinstance(text, str) for text in prompts):
             raise ValueError("there is no prompt; prompts must be a list of texts, one at least")
         if not 0.1 <= seconds <= 60:
@@ -667,26 +695,3 @@ class SRCgAudio:
             z_0 = self.schedule.ddim(predict_noise, z_T, steps, progress)
         with autocast(self.device, self.precision):
             return self.vae.decode(z_0 / self.vae.scale_factor)                   # (B, T, 64)
-
-
-def exit_cleanly(main) -> None:
-    """Run a command: a user's mistake ends in one line on stderr and status 2, Ctrl-C in status 130."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):               # a notebook's is no file
-            stream.reconfigure(errors="backslashreplace")         # a prompt may have characters that the terminal lacks
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was finished before is kept", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[-1]     # a worker's comes with its traceback
-        print(f"error: {line.removeprefix('ValueError: ')}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:         # torch has a class of its own for a GPU's memory alone
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not full:
-            raise
-        print("error: the memory is full; a smaller --batch takes less, and train.py has --accumulate", file=sys.stderr)
-        sys.exit(2)

@@ -73,7 +73,7 @@ class Settings:
                                                          # learns from spectra alone
     muon: bool = False                                   # instead of AdamW
     balanced: bool = False                               # every t counts alike in the LDM's loss (`blind_loss`)
-    rolled: bool = False                                 # the LDM's clips begin anywhere and go on from their start
+    rolled: bool = False                                 # the LDM's clips are rolled in time, at random
     validate_every: int = 1                              # epochs
 
 
@@ -126,7 +126,7 @@ class Run:
     precision: torch.dtype
     workers: int
     cache: Cache
-    accumulate: int                                      # parts that each process takes its share of a batch in
+    accumulate: int                                      # parts that a process takes its share of a batch in
     activation_checkpointing: bool
     save_minutes: float
     plot: bool
@@ -295,9 +295,9 @@ class Ema:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices (first dimension, all others) are made orthogonal: a step moves all directions alike
-    (Jordan 2024).  A vector is a matrix of one column, whose momentum is brought to length one; Jordan leaves those to
-    Adam.
+    """Momentum, made orthogonal: that of each weight as a matrix, its first dimension by all others, so that a step
+    moves all directions alike (Jordan 2024).  A vector is a matrix of one column, whose momentum is brought to length
+    one; Jordan leaves those to Adam.
 
     Adam learns the directions of most variance first, in mels the loudness, and a rooster's harmonics late.
     torch.optim.Muon takes one matrix at a time, in bfloat16: for a small vocoder on a CPU that is as long as the rest
@@ -319,7 +319,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["average"] = torch.zeros_like(parameter)
                 average = state["average"].lerp_(parameter.grad, 0.1)
-                momentum.append(parameter.grad.lerp(average, 0.9).reshape(shape[0], -1))
+                momentum.append(parameter.grad.lerp(average, 0.9).reshape(shape[0], -1))     # Nesterov's; (m, n)
             matrices = orthogonal(torch.stack(momentum))
             size = 0.2 * max(matrices.shape[1:]) ** 0.5                # as long a step as Adam's
             for parameter, matrix in zip(parameters, matrices):
@@ -327,7 +327,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (B, m, n) with all their singular values brought near 1, by Newton and Schulz's iteration."""
+    """Matrices (B, m, n) with all their singular values brought near 1, by Newton and Schulz's iteration with Jordan's
+    coefficients."""
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT).mT
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -350,7 +351,7 @@ def descend(network: nn.Module, optimizer: torch.optim.Optimizer, parts: list, l
     network: what `distribute` returned.  Returns the means over the parts, and the gradient's norm.
     """
     optimizer.zero_grad(set_to_none=True)
-    total = Counter()
+    total = defaultdict(float)
     for i, part in enumerate(parts):
         later = processes() > 1 and i + 1 < len(parts)   # processes exchange gradients with the last part
         with network.no_sync() if later else nullcontext():
@@ -407,27 +408,31 @@ def read_state(path: Path, identity: dict[str, str]) -> dict | None:
 
 
 def job_of(name: str) -> str:
-    """"vocoder_16000" is a run of the job "vocoder"."""
+    """"vocoder_16000" is a training of the job "vocoder"."""
     return name.split("_")[0]
 
 
 def fit(name: str, make_job, run: Run) -> None:
     """The loop of every job: steps, validation, the best weights kept, a state to go on from, a log of losses.
 
-    make_job(run, settings) -> a job: data, with `items`, and collate; network; ema; step(parts) and validate(), each
-    -> losses by name with "loss" among them; save(), which writes what validate judged; kept, the networks and
-    optimizers that make its state, by name; identity, what else they depend on.
+    make_job(run, settings) -> a job, with
+        data, collate      what its batches are made of; data.items
+        network, ema       what is trained, and what is validated
+        step(parts), validate()   -> losses by name, with "loss" among them
+        save()             writes what validate judged
+        kept               the networks and optimizers that make its state, by name
+        identity           what else they depend on, by name
     """
     state_path, log_path = run.folder / f"{name}_state.pt", run.folder / f"{name}.csv"
     settings, identity = run.settings[job_of(name)], run.identity(name)
     state = read_state(state_path, identity)
-    if state and not state["kept"]:
+    if state and not state["kept"]:                      # a run that is done keeps nothing to go on from
         say(f"{name} is trained already, {state['step']} steps; --overwrite trains it anew")
         return
     torch.manual_seed(run.seed)                          # the network's first weights
     job = make_job(run, settings)
     identity |= job.identity
-    state = read_state(state_path, identity)
+    state = read_state(state_path, identity)             # refused, if what the job depends on has changed
     step, best, log_bytes = 0, math.inf, 0
     if state:
         step, best, log_bytes = state["step"], state["best"], state["log_bytes"]
@@ -688,15 +693,15 @@ class TrainVocoder:
         self.run, self.rate = run, rate
         self.data = Crops(run, run.items(run.train, [rate], per_recording=True), settings)
         self.val_items = run.items(run.val, [rate], per_recording=True)
-        plain = Generator(**run.config.vocoder | {"strides": STRIDES[rate]})
+        generator = Generator(**run.config.vocoder | {"strides": STRIDES[rate]})
         self.discriminators = None
         if settings.discriminators:
             self.discriminators = Discriminators(*settings.discriminators).to(run.device)
-        if not self.start_from_nearest(plain) and not settings.discriminators:
-            whiten(plain.conv_pre, mel_spectrogram(torch.stack(self.data.sample()), rate).flatten(0, 1))
-        self.ema = Ema(plain.to(run.device))             # plain weights: what is saved needs no weight norm
-        self.network = plain.train()
-        for module in list(plain.modules()):
+        if not self.start_from_nearest(generator) and not settings.discriminators:
+            whiten(generator.conv_pre, mel_spectrogram(torch.stack(self.data.sample()), rate).flatten(0, 1))
+        self.ema = Ema(generator.to(run.device))         # before weight norm: what is saved needs none
+        self.network = generator.train()
+        for module in list(generator.modules()):
             if isinstance(module, (Conv1d, ConvTranspose1d)):
                 weight_norm(module)
         self.optimizer = make_optimizer(self.network, settings, betas=(0.8, 0.99))
@@ -815,9 +820,10 @@ class Latents(Dataset):
     """What Eq. (3) takes of each item: z_0 (8, T/4, 16), eps, t, rate, and psi (N, d) of its caption, or the caption's
     token ids (N,) where the text encoder is trained along.
 
-    All that is random comes from (seed, epoch, item).  rolled: z_0 is rolled in time, by a random part of its length;
+    places: (items, 2), where the cache has each item's latent.  texts: caption -> its token ids, a list, or where the
+    cache has its psi and how wide that is, a tuple.  rolled: z_0 is rolled in time, by a random part of its length;
     else a few hundred recordings are soon known by heart.  times: of the items, fixed, for validation, where no caption
-    is emptied.
+    is emptied.  All that is random comes from (seed, epoch, item).
     """
 
     def __init__(self, run: Run, items: list[tuple[Clip, int]], places: np.ndarray, texts: dict, scale_factor: float,
@@ -831,8 +837,8 @@ class Latents(Dataset):
         random = np.random.default_rng((self.seed, epoch, i))
         shape = (VAE.LATENT, -1, RATES[rate].n_mels // 4)
         mean, logvar = (part.view(shape) for part in read_array(self.arrays, self.places[i]).chunk(2))
-        noise = torch.from_numpy(random.standard_normal((2, *mean.shape), np.float32))
-        z_0 = self.scale_factor * sample_posterior(mean, logvar, noise[0])        # (8, T/4, 16)
+        noise, eps = torch.from_numpy(random.standard_normal((2, *mean.shape), np.float32))
+        z_0 = self.scale_factor * sample_posterior(mean, logvar, noise)           # (8, T/4, 16)
         if self.rolled:
             z_0 = z_0.roll(int(random.integers(z_0.shape[1])), dims=1)
         if self.times is None:
@@ -840,9 +846,9 @@ class Latents(Dataset):
             caption = "" if random.random() < NULL_CAPTIONS else clip.caption
         else:
             t, caption = int(self.times[i]), clip.caption
-        text = self.texts[caption]
+        text = self.texts[caption]                                                # token ids, or where psi lies
         text = torch.tensor(text) if isinstance(text, list) else read_array(self.arrays, text[:2]).view(-1, text[2])
-        return z_0, noise[1], t, rate, text
+        return z_0, eps, t, rate, text
 
     @staticmethod
     def collate(batch: list) -> tuple[Tensor, ...]:
@@ -865,10 +871,10 @@ def blind_loss(alpha_bar: Tensor, std: float) -> Tensor:
 
 
 class Denoiser(nn.Module):
-    """What the LDM's job trains: the U-Net and, if it is trained along, the text encoder."""
+    """What the LDM's job trains: the U-Net and, if it is trained along, the text encoder.  std: of z_0, if all t are to
+    count alike."""
 
     def __init__(self, unet: UNet, text_encoder: TextEncoder | None, std: float | None):
-        """std: of z_0, if all t are to count alike."""
         super().__init__()
         self.unet, self.text_encoder, self.schedule, self.std = unet, text_encoder, NoiseSchedule(), std
 
@@ -893,7 +899,8 @@ class TrainLDM:
         unet = run.network(UNet, config.unet, "unet.pt")
         check_widths(self.text_encoder, unet, folder / "config.json")
         scale_factor = vae.scale_factor.item()
-        # `weights.py halve` rounds 0.3; AudioLDM scales to 1
+        # of z_0: our VAEs' channels have a deviation of 1 before the factor, which `weights.py halve` rounds;
+        # AudioLDM's factor brings it to 1
         std = LATENT_STD if math.isclose(scale_factor, LATENT_STD, rel_tol=1e-3) else 1.0
         self.network = Denoiser(unet, self.text_encoder if run.train_text_encoder else None,
                                 std if settings.balanced else None)
@@ -914,8 +921,8 @@ class TrainLDM:
             # Lists, since each tensor would be an open file on its way to a worker that is not forked.
             texts = {caption: self.text_encoder.tokenize([caption])[0][0].tolist() for caption in captions}
         else:
-            places = self.cached(captions, [digest("psi", text_digest, run.precision, caption) for caption in captions],
-                                 lambda captions: captions, self.encode_caption, "captions")
+            keys = [digest("psi", text_digest, run.precision, caption) for caption in captions]
+            places = self.find_or_compute(captions, keys, iter, self.encode_caption, "captions")
             self.text_encoder.cpu()                      # 1.3 GiB of FLAN-T5-large
             texts = {caption: (int(start), int(size), unet.context_width)
                      for caption, (start, size) in zip(captions, places)}
@@ -923,9 +930,9 @@ class TrainLDM:
         files = {clip.path: file_digest(clip.path) for clip, _ in train + val}
         keys = [digest("latent", vae_digest, run.precision, config.seconds, rate, files[clip.path])
                 for clip, rate in train + val]
-        places = self.cached(train + val, keys,
-                             lambda items: run.batches(WholeClips(items, config.seconds), batch_size=None),
-                             partial(self.encode_mel, vae), "latents")
+        places = self.find_or_compute(train + val, keys,
+                                      lambda items: run.batches(WholeClips(items, config.seconds), batch_size=None),
+                                      partial(self.encode_mel, vae), "latents")
         self.data = Latents(run, train, places[:len(train)], texts, scale_factor, rolled=settings.rolled)
         self.val_data = Latents(run, val, places[len(train):], texts, scale_factor, times=even_times(val, run.rates))
 
@@ -943,8 +950,9 @@ class TrainLDM:
         encoder.tokenizer = run.tokenizer
         return encoder
 
-    def cached(self, items: list, keys: list[bytes], load, compute, title: str) -> np.ndarray:
-        """Where the cache has each item's array, (items, 2): start and size.  What it lacks is computed first."""
+    def find_or_compute(self, items: list, keys: list[bytes], load, compute, title: str) -> np.ndarray:
+        """Where the cache has each item's array, (items, 2): start and size.  What it lacks is added before:
+        compute(x) of each x that load(missing items) yields."""
         cache, new = self.run.cache, {}
         with main_process_first(), torch.inference_mode():
             missing = {key: item for key, item in zip(keys, items) if cache.find(key) is None}
@@ -1016,7 +1024,7 @@ def latent_digest(vae: VAE) -> bytes:
 
 
 def latents_differ(*folders: Path) -> bool:
-    """Whether the VAEs in these checkpoint folders make different latents, so that a U-Net is at home in one alone."""
+    """Whether the VAEs in these checkpoint folders make different latents, of which a U-Net knows one alone."""
     return len({latent_digest(SRCgAudio.load_vae(path)) for path in folders if (path / "vae.pt").is_file()}) > 1
 
 
@@ -1114,7 +1122,7 @@ def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[
         val, left_out_of_val = find_clips(args.val_data, split="test", **arguments)
         return train, val, left_out + left_out_of_val
     paths = sorted({clip.path for clip in train})                      # a recording may have several captions
-    paths.sort(key=lambda path: digest(args.seed, path.name))          # much the same tenth for jobs of other clips
+    paths.sort(key=lambda path: digest(args.seed, path.name))          # jobs of other clips get much the same tenth
     held_out = set(paths[:max(1, len(paths) // 10)])
     val = [clip for clip in train if clip.path in held_out]
     train = [clip for clip in train if clip.path not in held_out]
@@ -1124,7 +1132,8 @@ def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[
 
 
 def find_outputs(args: argparse.Namespace) -> dict[str, str]:
-    """The file of weights that each job will write.  Raises ValueError where that would be a loss."""
+    """The file of weights that each training, named as in `fit`, will write.  Raises ValueError where that would be a
+    loss."""
     folder, outputs = args.checkpoint, {}
     if "vae" in args.jobs:
         outputs["vae"] = "vae.pt"
@@ -1132,11 +1141,11 @@ def find_outputs(args: argparse.Namespace) -> dict[str, str]:
         outputs |= {f"vocoder_{rate}": f"vocoder_{rate}.pt" for rate in args.rates}
     if "ldm" in args.jobs:
         outputs["ldm"] = "unet.pt"
-    for job, name in outputs.items():
-        if (folder / name).exists() and not (folder / f"{job}_state.pt").exists() and not args.overwrite:
-            raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
+    for name, file in outputs.items():
+        if (folder / file).exists() and not (folder / f"{name}_state.pt").exists() and not args.overwrite:
+            raise ValueError(f"{folder / file} exists; name another --checkpoint, or say --overwrite")
     if "vae" in outputs and (folder / "unet.pt").exists():
-        states = {} if args.overwrite else {job: read_state(folder / f"{job}_state.pt", {}) for job in outputs}
+        states = {} if args.overwrite else {name: read_state(folder / f"{name}_state.pt", {}) for name in outputs}
         vae_changes = not states.get("vae") or states["vae"]["kept"]
         unet_stays = "ldm" not in outputs or states.get("ldm")
         # unet.pt without vae.pt: an earlier run of this command copied it, and was stopped before it first saved a VAE.
@@ -1274,10 +1283,10 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
               accumulate=args.accumulate, activation_checkpointing=args.activation_checkpointing,
               save_minutes=args.save_minutes, plot=args.plot)
     if not args.overwrite:
-        for name, output in outputs.items():             # refuses another run's state
+        for name, file in outputs.items():               # refuses another run's state
             state = read_state(folder / f"{name}_state.pt", run.identity(name))
-            if state and state["best"] < math.inf and not (folder / output).is_file():
-                raise ValueError(f"{folder / output} is gone, the best weights of a run that {name}_state.pt goes on "
+            if state and state["best"] < math.inf and not (folder / file).is_file():
+                raise ValueError(f"{folder / file} is gone, the best weights of a run that {name}_state.pt goes on "
                                  f"with; put it back, or begin anew with --overwrite")
     report(run, left_out)
     if rank() == 0:
@@ -1288,8 +1297,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
                 weights.replace_file(folder / path.name, partial(shutil.copyfileobj, file))
         SRCgAudio.save_config(config, folder)
         if args.overwrite:
-            for job in outputs:
-                (folder / f"{job}_state.pt").write_bytes(b"")          # leave to replace this job's weights
+            for name in outputs:
+                (folder / f"{name}_state.pt").write_bytes(b"")         # leave to replace these weights
     return run
 
 

@@ -198,7 +198,7 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_theta of Eq. (3).  The defaults are the paper's: 561.15 M parameters.
+    """The network in eps_theta of Eq. (3).  The defaults are the paper's: 561.15 M parameters.
 
     widths: channels of the encoder blocks; the decoder has them in reverse.  Multiples of 32.
     heads: attention heads at each of these levels; the last number is the middle block's too.
@@ -250,13 +250,13 @@ class UNet(nn.Module):
         heads_at = [head if attends else 0 for head, attends in zip(heads, cross_attention)]
 
         self.down_blocks = nn.ModuleList()
-        kept = [widths[0]]                               # channels of each skip connection, in order
+        skip_channels = [widths[0]]                      # in the order of `skips` in forward
         c_in = widths[0]
         for level, width in enumerate(widths):
             channels = [(c_in if i == 0 else width, width) for i in range(blocks)]
             last = level == levels - 1
             self.down_blocks.append(DownBlock(channels, heads_at[level], context_width, time_width, groups, last))
-            kept += [width] * (blocks if last else blocks + 1)
+            skip_channels += [width] * (blocks if last else blocks + 1)
             c_in = width
 
         self.mid_block = MiddleBlock(widths[-1], heads[-1] if cross_attention_middle else 0, context_width, time_width,
@@ -264,7 +264,7 @@ class UNet(nn.Module):
 
         self.up_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
-            channels = [((c_in if i == 0 else width) + kept.pop(), width) for i in range(blocks + 1)]
+            channels = [((c_in if i == 0 else width) + skip_channels.pop(), width) for i in range(blocks + 1)]
             self.up_blocks.append(
                 UpBlock(channels, heads_at[level], context_width, time_width, groups, last=level == 0))
             c_in = width
@@ -279,14 +279,13 @@ class UNet(nn.Module):
         text: (B, N, d) from the text encoder.  text_mask: (B, N), True at real tokens.
         Returns c (B, N + 2, d) and c_mask (B, N + 2), or fewer tokens where this network has fewer.
         """
-        scalars = []
+        tokens = []
         if self.time_token is not None:
-            scalars.append(self.time_token(sinusoid(t, self.context_width)))             # (B, d)
+            tokens.append(self.time_token(sinusoid(t, self.context_width))[:, None])             # (B, 1, d)
         if self.rate_token is not None:                  # in kHz; in Hz the sinusoids turn many times between rates
-            scalars.append(self.rate_token(sinusoid(rate / 1000, self.context_width)))   # (B, d)
-        c = torch.cat([text] + [token[:, None] for token in scalars], dim=1)
-        c_mask = F.pad(text_mask, (0, len(scalars)), value=True)
-        return c, c_mask
+            tokens.append(self.rate_token(sinusoid(rate / 1000, self.context_width))[:, None])   # (B, 1, d)
+        c = torch.cat([text, *tokens], dim=1)                                                    # (B, N + 2, d)
+        return c, F.pad(text_mask, (0, len(tokens)), value=True)                                 # (B, N + 2)
 
     def forward(self, z_t: Tensor, t: Tensor, c: Tensor, c_mask: Tensor) -> Tensor:
         """The noise in z_t (or v), (B, 8, T/4, 16) -> the same shape; T/4 is a multiple of 8 (of 2^(levels - 1))."""

@@ -196,7 +196,7 @@ class VAE(nn.Module):
 
     widths: channels from the mel's resolution down, multiples of 32; three of them, for the quarter length.
     blocks: residual blocks at each resolution of the encoder (the decoder has one more).
-    groups: how many groups of channels each norm has.  One of a single channel loses how loud the clip is; narrow
+    groups: how many groups of channels each norm has.  A group of one channel loses how loud the clip is, so narrow
         networks take fewer.
     """
 
@@ -297,9 +297,9 @@ def sample_posterior(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
     return mean + torch.exp(0.5 * logvar) * eps
 
 
-def texture(mel: Tensor) -> Tensor:
+def log_flicker(mel: Tensor) -> Tensor:
     """How much the bands of a mel (B, T, 64) flicker around each place, -> (B, 3, T', 30): the log of the mean size of
-    three differences, over time once and twice, and over time and frequency."""
+    three differences (over time; over time twice; over time and frequency) in overlapping windows of 16 x 4."""
     change = mel.diff(dim=1)[:, :-1, :-1]                                                            # (B, T-2, 63)
     twice, across = mel.diff(n=2, dim=1)[..., :-1], mel.diff(dim=1).diff(dim=2)[:, :-1]
     sizes = torch.stack([change, twice, across], dim=1).abs()                                        # (B, 3, T-2, 63)
@@ -320,6 +320,6 @@ def vae_loss(mel: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor, kl_weig
     detail = error.diff(dim=1).abs().mean() + error.diff(dim=2).abs().mean()
     # An L1 is least at the median of what may be, so what can't be foretold is smoothed away: rain without its texture.
     # AudioLDM's VAE has a discriminator against it; here, asking for the recording's flicker is enough.
-    flicker = (texture(decoded) - texture(mel)).abs().mean()
+    flicker = (log_flicker(decoded) - log_flicker(mel)).abs().mean()
     return {"loss": l1 + kl_weight * kl + detail + flicker_weight * flicker, "l1": l1, "detail": detail,
             "flicker": flicker}

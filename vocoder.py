@@ -108,24 +108,23 @@ class Generator(nn.Module):
             h = up(F.leaky_relu(h, 0.1))                                        # (B, C / 2, 1, L * stride), or 1 more
             branches = self.resblocks[3 * i:3 * i + 3]
             h = sum(block(h) for block in branches) / len(branches)
-        wave = torch.tanh(self.conv_post(F.leaky_relu(h, 0.01)).float())
+        wave = torch.tanh(self.conv_post(F.leaky_relu(h, 0.01)).float())        # 0.01, PyTorch's default, as published
         # A layer whose kernel - stride is odd adds a sample, which later strides multiply: 16 to 64 at our rates, cut.
         return wave[:, 0, 0, :mel.shape[1] * self.hop]
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, strides: tuple[int, ...] | None = None) -> "Generator":
+    def from_pretrained(cls, path: str | Path, strides: tuple[int, ...] = STRIDES[16_000]) -> "Generator":
         """AudioLDM's `.ckpt`, Tango's `pytorch_model_vae.bin`, a `vocoder/` folder of a diffusers pipeline, HiFi-GAN's
         `g_*`, or ours.
 
-        The strides come from the config.json in the folder.  Without one they are those given, or AudioLDM's at
-        16 kHz, or for other kernels half of those, as in all of HiFi-GAN's own configurations.
-        Raises ValueError naming the file if it is damaged or holds anything else.
+        strides: no weights tell them; AudioLDM's at 16 kHz, unless given.
+        Raises ValueError naming the file if it is damaged or holds anything else, or its config.json other strides.
         """
         return weights.build(cls, *cls.published(path, strides))
 
     @classmethod
-    def published(cls, path: str | Path, strides: tuple[int, ...] | None = None,
-                  ) -> tuple[dict, weights.Weights, Path, weights.Names]:
+    def published(cls, path: str | Path,
+                  strides: tuple[int, ...]) -> tuple[dict, weights.Weights, Path, weights.Names]:
         """What `weights.build` takes to make the generator of a published file."""
         path = Path(path)
         tensors = weights.under(weights.read(path), "generator.", "state_dict.first_stage_model.vocoder.", "vocoder.",
@@ -142,15 +141,10 @@ class Generator(nn.Module):
         config_path = (path if path.is_dir() else path.parent) / "config.json"
         config = weights.read_json(config_path) if path.is_dir() or config_path.is_file() else {}
         if path.is_dir() or "upsample_rates" in config:                           # may be another file's
-            upsample_rates = config.get("upsample_rates", [])
-            if not isinstance(upsample_rates, list):
-                raise ValueError(f"{config_path}: upsample_rates must be a list, got {upsample_rates!r:.50}")
             weights.check_config(config, {
                 "resblock": "1", "resblock_kernel_sizes": list(cls.RES_KERNELS), "normalize_before": False,
                 "resblock_dilation_sizes": [list(ResBlock.DILATIONS)] * 3, "leaky_relu_slope": 0.1,
-                "upsample_rates": list(strides or upsample_rates)}, config_path)
-            strides = upsample_rates or strides
-        strides = strides or (STRIDES[16_000] if kernels == KERNELS else [kernel // 2 for kernel in kernels])
+                "upsample_rates": list(strides)}, config_path)
         sizes = {"strides": tuple(strides), "kernels": kernels, "channels": channels, "n_mels": n_mels}
         return sizes, tensors, path, names
 
@@ -242,16 +236,16 @@ class Discriminators(nn.Module):
         """Score and features of each discriminator, for each of the waves (B, L)."""
         return [self.mpd(wave) + self.msd(wave) for wave in waves]
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "Discriminators":
+        """HiFi-GAN's `do_*`, whose other tensors are the optimizers'.
 
-def discriminators_from_pretrained(path: str | Path) -> Discriminators:
-    """The discriminators of HiFi-GAN's `do_*`, whose other tensors are the optimizers'.
-
-    Raises ValueError naming the file if it is damaged or holds anything else.
-    """
-    tensors = {name: tensor for name, tensor in weights.read(path).items() if name.startswith(("mpd.", "msd."))}
-    sizes = {"mpd_channels": weights.shape_of(tensors, "mpd.discriminators.0.convs.0.bias", 1, path)[0],
-             "msd_channels": weights.shape_of(tensors, "msd.discriminators.0.convs.0.bias", 1, path)[0]}
-    return weights.build(Discriminators, sizes, tensors, path, DISCRIMINATOR_NAMES).train()
+        Raises ValueError naming the file if it is damaged or holds anything else.
+        """
+        tensors = {name: tensor for name, tensor in weights.read(path).items() if name.startswith(("mpd.", "msd."))}
+        sizes = {"mpd_channels": weights.shape_of(tensors, "mpd.discriminators.0.convs.0.bias", 1, path)[0],
+                 "msd_channels": weights.shape_of(tensors, "msd.discriminators.0.convs.0.bias", 1, path)[0]}
+        return weights.build(cls, sizes, tensors, path, DISCRIMINATOR_NAMES).train()
 
 
 def discriminator_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]]) -> Tensor:
@@ -277,6 +271,13 @@ def mel_loss(mel_real: Tensor, mel_generated: Tensor) -> Tensor:
     return (mel_real - mel_generated).abs().mean()
 
 
+def generator_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]],
+                   mel_real: Tensor, mel_generated: Tensor) -> Tensor:
+    """HiFi-GAN, Eq. 7, with its weights 2 and 45."""
+    return (adversarial_loss(generated) + 2 * feature_matching_loss(real, generated)
+            + 45 * mel_loss(mel_real, mel_generated))
+
+
 def stft_loss(real: Tensor, generated: Tensor, n_fft: int) -> Tensor:
     """L1 between log-magnitudes of the spectra of waves (B, L); one of Parallel WaveGAN's losses (Yamamoto 2020)."""
     window = torch.hann_window(n_fft, device=real.device)
@@ -294,10 +295,3 @@ def convergence_loss(mel_real: Tensor, mel_generated: Tensor) -> Tensor:
     """
     real, generated = mel_real.exp(), mel_generated.exp()
     return ((real - generated).norm(dim=1) / (real.norm(dim=1) + 1e-3)).mean()
-
-
-def generator_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]],
-                   mel_real: Tensor, mel_generated: Tensor) -> Tensor:
-    """HiFi-GAN, Eq. 7, with its weights 2 and 45."""
-    return (adversarial_loss(generated) + 2 * feature_matching_loss(real, generated)
-            + 45 * mel_loss(mel_real, mel_generated))

@@ -386,7 +386,7 @@ def import_checkpoint(args: argparse.Namespace) -> None:
     from srcgaudio import PRESETS, RATES, SRCgAudio, TextEncoder, check_rate, check_widths
     from unet import UNet
     from vae import VAE
-    from vocoder import KERNELS, STRIDES, Generator, discriminators_from_pretrained
+    from vocoder import KERNELS, STRIDES, Discriminators, Generator
 
     folder = args.checkpoint
     config = SRCgAudio.load_config(folder) if (folder / "config.json").exists() else PRESETS["paper"]
@@ -412,7 +412,7 @@ def import_checkpoint(args: argparse.Namespace) -> None:
         config = replace(config, vocoder=channels)
         parts[f"vocoder_{rate}.pt"] = build(Generator, sizes, *rest)
     for rate, path in args.discriminators:
-        parts[f"discriminators_{rate}.pt"] = discriminators_from_pretrained(path)
+        parts[f"discriminators_{rate}.pt"] = Discriminators.from_pretrained(path)
     if args.flan_t5:
         encoder = TextEncoder.from_pretrained(args.flan_t5)
         if not args.unet:

@@ -32,7 +32,7 @@ from unet import DIFFUSERS_NAMES as UNET_NAMES
 from unet import UNet
 from vae import AUDIOLDM_NAMES, VAE
 from vae import DIFFUSERS_NAMES as VAE_NAMES
-from vocoder import DISCRIMINATOR_NAMES, Generator, Discriminators, discriminators_from_pretrained
+from vocoder import DISCRIMINATOR_NAMES, Generator, Discriminators
 
 SECONDS, GIBIBYTE = 60, 2 ** 30                          # allowed to one file
 BATCH = 100                                              # files to a child
@@ -55,7 +55,7 @@ LOADERS = {
     "vae folder": VAE.from_pretrained,
     "vocoder folder": Generator.from_pretrained,
     "g_1": Generator.from_pretrained,
-    "do_1": discriminators_from_pretrained,
+    "do_1": Discriminators.from_pretrained,
     "unet folder": UNet.from_pretrained,
     "pytorch_model_main.bin": UNet.from_pretrained,
     "flan-t5 folder": TextEncoder.from_pretrained,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import judge
 from srcgaudio import RATES
-from vae import VAE, Upsample, sample_posterior, texture, vae_loss
+from vae import VAE, Upsample, sample_posterior, log_flicker, vae_loss
 from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, MultiPeriodDiscriminator, MultiScaleDiscriminator,
                      adversarial_loss, convergence_loss, discriminator_loss, feature_matching_loss, generator_loss,
                      mel_loss, stft_loss)
@@ -65,11 +65,11 @@ def test_vae_loss_counts_detail_and_flicker():
     assert losses["loss"].item() == pytest.approx(0.5 + 1 + 3 * flicker, rel=1e-5)
 
 
-def test_texture_is_the_size_of_a_mels_differences():
+def test_flicker_is_the_size_of_a_mels_differences():
     frame, band = torch.arange(34.)[None, :, None], torch.arange(64.)
     mel = 3 * frame + 5 * frame ** 2 / 2 + 7 * frame * band                        # second differences of 5 and of 7
-    change, twice, across = texture(mel).exp()[0] - 0.02
-    assert texture(mel).shape == (1, 3, 3, 30)
+    change, twice, across = log_flicker(mel).exp()[0] - 0.02
+    assert log_flicker(mel).shape == (1, 3, 3, 30)
     assert torch.allclose(change[:, 0], 3 + 5 * (torch.tensor([0., 8, 16]) + 8) + 7 * 1.5, rtol=1e-3)
     assert torch.allclose(twice, torch.tensor(5.), rtol=1e-3) and torch.allclose(across, torch.tensor(7.), rtol=1e-3)
 
