@@ -5,7 +5,8 @@
     find_clips    caption files and folders as they are published -> list of Clip
     Cache         what has been computed once from files and frozen networks
 
-What is loaded is level-adjusted as AudioLDM does: zero mean and a peak of 0.5 over the whole clip.
+What is loaded has zero mean and a peak of 0.5 over the whole recording, so a sound is as loud at every rate and in
+every crop.  (AudioLDM brings each resampled crop to that peak.)
 """
 import csv
 import hashlib

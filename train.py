@@ -88,7 +88,7 @@ SETTINGS = {
         "vocoder": Settings(epochs=40, batch=2, lr=1e-3, frames=32, muon=True, validate_every=10),
         "ldm": Settings(epochs=18, batch=16, lr=1e-3, muon=True, balanced=True, rolled=True),
     },
-    # Epochs: III-B.  LDM: learning rate and linear decay of Tango's published training command.  Vocoder: batch and
+    # LDM: epochs of III-B, learning rate and linear decay of Tango's published training command.  Vocoder: batch and
     # rate of HiFi-GAN V1, whose crops of 8192 samples at 22 kHz are 0.37 s long.  The rest is our choice.
     "paper": {
         "vae": Settings(epochs=40, batch=16, lr=5e-5, frames=512),
@@ -296,8 +296,8 @@ class Ema:
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: that of each weight as a matrix, its first dimension by all others, so that a step
-    moves all directions alike (Jordan 2024).  A vector is a matrix of one column, whose momentum is brought to length
-    one; Jordan leaves those to Adam.
+    moves all directions alike (Jordan 2024).  A vector is a matrix of one column, whose momentum is brought to one
+    length; Jordan leaves those to Adam.
 
     Adam learns the directions of most variance first, in mels the loudness, and a rooster's harmonics late.
     torch.optim.Muon takes one matrix at a time, in bfloat16: for a small vocoder on a CPU that is as long as the rest
@@ -1314,6 +1314,9 @@ def report(run: Run, left_out: list[str]) -> None:
         say(f"to {name} on: {len(files)} clips, {sum(files.values()) / 3600:.2f} h, "
             f"{sum(bool(clip.caption) for clip in clips)} captions; "
             + ", ".join(f"{rates[rate]} at {rate} Hz" for rate in run.rates))
+    both = {clip.path.resolve() for clip in run.train} & {clip.path.resolve() for clip in run.val}
+    if both:
+        say(f"warning: {len(both)} recordings are both trained and validated on, such as {min(both)}")
     reasons = Counter(line.split(": ")[-1] for line in left_out)
     say(f"left out: {len(left_out)}" + "".join(f"; {n} {reason}" for reason, n in reasons.most_common(5))
         + f"; {run.device}, {run.precision}, {processes()} process" + "es" * (processes() > 1))
