@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -142,6 +143,16 @@ def test_prompts_from_files(checkpoint, command, tmp_path):
         assert status == 0, err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "a_dog_barks_16000.wav", "rain_on_a_roof_16000.wav", "Y1_a_16000.wav", "Y2-b_16000.wav"}
+
+
+def test_prompts_from_a_pipe(checkpoint, command, tmp_path):
+    read, write = os.pipe()                              # as of <(command) in a shell
+    os.write(write, b"the sea\n")
+    os.close(write)
+    status, _, err = command("sample.py", "--prompts-file", f"/dev/fd/{read}", "--steps", 1, "--seconds", 0.2,
+                             "--checkpoint", checkpoint, "--out", tmp_path)
+    os.close(read)
+    assert status == 0 and (tmp_path / "the_sea_16000.wav").exists(), err
 
 
 def test_sampling_goes_on_where_it_was_stopped(checkpoint, command, tmp_path):

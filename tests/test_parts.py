@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import judge
 from srcgaudio import RATES
-from vae import VAE, Upsample, sample_posterior, log_flicker, vae_loss
+from vae import VAE, Upsample, log_flicker, sample_posterior, vae_loss
 from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, MultiPeriodDiscriminator, MultiScaleDiscriminator,
                      adversarial_loss, convergence_loss, discriminator_loss, feature_matching_loss, generator_loss,
                      mel_loss, stft_loss)
