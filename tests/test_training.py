@@ -3,6 +3,7 @@ regimes."""
 import csv
 import errno
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,19 @@ def start(checkpoint, tmp_path):
         return ["train.py", job, "--data", few_clips(tmp_path), "--start-from", checkpoint, "--rates", 16_000,
                 "--checkpoint", folder, "--workers", 0, "--batch", 4, "--epochs", 8, "--precision", "fp32", *more]
     return arguments
+
+
+@pytest.fixture
+def make(start, command, tmp_path, monkeypatch):
+    """make(job, ...) -> what the command of `start` would train, before its first step; it saves into tmp_path / "run".
+    """
+    def made(job: str, *more):
+        jobs = []
+        monkeypatch.setattr("train.fit", lambda _, make_job, run: jobs.append(make_job(run, run.settings[job])))
+        status, _, err = command(*start(job, tmp_path / "run", *more))
+        assert status == 0, err
+        return jobs[0]
+    return made
 
 
 def losses(folder: Path, job: str) -> dict[tuple[str, str], float]:
@@ -153,6 +168,9 @@ def test_a_new_vae_sees_more_than_loudness():
         assert plain[0] > 7 * plain[1] and whitened[0] < 6 * whitened[1], (plain, whitened)
 
 
+# The LDM's data and its loss
+
+
 class BlindGuess(torch.nn.Module):
     """The best noise for one who knows of z_0 that it is N(0, LATENT_STD^2), and no more."""
 
@@ -166,18 +184,48 @@ class BlindGuess(torch.nn.Module):
         return torch.stack([guess(z, index) for z, index in zip(z_t, t.tolist())])
 
 
-def test_a_rolled_latent_is_the_same_sound_begun_elsewhere(cache, clips):
-    mean = torch.arange(8 * 12 * 16).view(8, 12, 16) / 1000
-    cache.add({b"latent": torch.stack([mean, torch.full_like(mean, -30)]).numpy()})          # with next to no variance
-
-    def latents(rolled: bool) -> list[torch.Tensor]:
+@pytest.fixture
+def latents(cache, clips):
+    """latents(mean, logvar, epochs, scale_factor, **more) -> z_0, eps, t, rate and token ids of the one item in each
+    epoch; the ids are [1], or [0] where the caption is emptied."""
+    def draw(mean: torch.Tensor, logvar: float, epochs: int, scale_factor: float = 1.0, **more) -> list[tuple]:
+        cache.add({b"latent": torch.stack([mean, torch.full_like(mean, logvar)]).numpy()})
         run, texts = SimpleNamespace(seed=0, cache=cache), {"": [0], clips[0].caption: [1]}
-        data = train.Latents(run, [(clips[0], 16_000)], [cache.find(b"latent")], texts, 1.0, rolled)
-        return [data[epoch, 0][0] for epoch in range(50)]
+        data = train.Latents(run, [(clips[0], 24_000)], [cache.find(b"latent")], texts, scale_factor, **more)
+        return list(zip(*(data[epoch, 0] for epoch in range(epochs))))
+    return draw
 
-    assert all(torch.allclose(z_0, mean, atol=1e-3) for z_0 in latents(rolled=False))
-    begins = [next(i for i in range(12) if torch.allclose(z_0, mean.roll(i, dims=1), atol=1e-3))
-              for z_0 in latents(rolled=True)]
+
+def test_eq_3_takes_any_t_and_a_tenth_of_the_captions_empty(latents):
+    z_0, eps, t, rate, text = latents(torch.full((8, 4, 16), 2.0), logvar=-2.0, epochs=2000, scale_factor=0.5)
+    counts = np.histogram(t, 10, (0, 1000))[0]
+    assert min(t) < 10 and max(t) > 989 and abs(counts - 200).max() < 60                     # 4 deviations are 54
+    assert sum(ids.tolist() == [0] for ids in text) / 2000 == pytest.approx(0.1, abs=0.03)
+    assert set(rate) == {24_000}
+    noise, sampled = torch.stack(eps), 2 * torch.stack(z_0) - 2                   # N(0, 1), N(0, exp(logvar))
+    for x, std in ((noise, 1.0), (sampled, math.exp(-1))):
+        assert abs(x.mean()) < 0.01 * std and x.std() == pytest.approx(std, rel=0.01)
+    assert abs((noise * sampled).mean()) < 0.01                                   # drawn apart
+
+
+def test_validation_has_its_times_and_all_captions(latents):
+    _, _, t, _, text = latents(torch.zeros(8, 4, 16), logvar=-2.0, epochs=100, times=torch.tensor([321]))
+    assert set(t) == {321} and all(ids.tolist() == [1] for ids in text)
+
+
+def test_times_of_validation_are_spread_evenly_at_each_rate(clips):
+    items = [(clip, rate) for clip in clips for rate in (16_000, 48_000)]
+    times = train.even_times(items, [16_000, 48_000])
+    for k in (0, 1):
+        assert torch.equal(times[k::2].sort()[0], ((torch.arange(len(clips)) + 0.5) * 1000 / len(clips)).long())
+        assert not torch.equal(times[k::2], times[k::2].sort()[0])                # no class has the small ones
+
+
+def test_a_rolled_latent_is_the_same_sound_begun_elsewhere(latents):
+    mean = torch.arange(8 * 12 * 16).view(8, 12, 16) / 1000
+    as_it_is, rolled = (latents(mean, logvar=-30.0, epochs=50, rolled=rolled)[0] for rolled in (False, True))
+    assert all(torch.allclose(z_0, mean, atol=1e-3) for z_0 in as_it_is)
+    begins = [next(i for i in range(12) if torch.allclose(z_0, mean.roll(i, dims=1), atol=1e-3)) for z_0 in rolled]
     assert set(begins) == set(range(12))
 
 
@@ -190,16 +238,13 @@ def test_a_balanced_loss_is_one_at_every_t_for_a_blind_guess():
     assert torch.allclose(balanced, torch.ones(5), rtol=0.03) and plain[0] > 0.9 and plain[-1] < 1e-3
 
 
-def test_a_halved_vae_is_trained_on_with_the_same_loss(start, command, tmp_path, monkeypatch, checkpoint):
+def test_a_halved_vae_is_trained_on_with_the_same_loss(make, tmp_path, monkeypatch, checkpoint):
     """float16 rounds the latent's scale."""
     halved, settings = shutil.copytree(checkpoint, tmp_path / "halved"), train.SETTINGS["tiny"]
     vae = dict(weights.read(checkpoint / "vae.pt"))
     weights.save(vae | {"scale_factor": torch.tensor(train.LATENT_STD).half()}, halved / "vae.pt")
     monkeypatch.setitem(train.SETTINGS, "tiny", settings | {"ldm": replace(settings["ldm"], balanced=True)})
-    jobs = []
-    monkeypatch.setattr("train.fit", lambda _, make_job, run: jobs.append(make_job(run, run.settings["ldm"])))
-    assert command(*start("ldm", tmp_path / "run", "--start-from", halved))[0] == 0
-    assert jobs[0].network.std == train.LATENT_STD
+    assert make("ldm", "--start-from", halved).network.std == train.LATENT_STD
 
 
 def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, command, tmp_path, checkpoint):
@@ -228,6 +273,90 @@ def test_tokens_of_other_captions_are_not_gone_on_with(start, command, tmp_path,
     status, _, err = command(*arguments, "--tokenizer-captions", tmp_path / "more.csv")
     one_line(status, err, "ldm_state.pt", "the text encoder")
     assert command(*arguments)[0] == 0
+
+
+# What is learnt and kept
+
+
+class FakeJob:
+    """A job of one weight, whose validation losses are 3, 1, 2, 1, 0.5 and 4."""
+
+    collate, identity = None, {}
+
+    def __init__(self, run, settings):
+        self.network = torch.nn.Linear(1, 1)
+        self.ema, self.optimizer = train.Ema(self.network), torch.optim.SGD(self.network.parameters(), 1.0)
+        self.kept = {"network": self.network, "ema": self.ema.network, "optimizer": self.optimizer}
+        self.data = train.Crops(run, run.items(run.train), replace(settings, frames=4))
+        self.losses, self.judged, self.saved, self.rates = [3.0, 1.0, 2.0, 1.0, 0.5, 4.0], 0, [], []
+
+    def step(self, _parts):
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        return {"loss": torch.tensor(1.0)}
+
+    def validate(self):
+        self.judged += 1
+        return {"loss": self.losses[self.judged - 1]}
+
+    def save(self):
+        self.saved.append(self.judged)
+
+
+def test_the_weights_of_the_best_validation_are_kept_and_the_rate_falls_linearly(start, command, tmp_path, monkeypatch):
+    """Section III-B, and Tango's training."""
+    jobs, settings = [], train.SETTINGS["tiny"]
+    monkeypatch.setitem(train.SETTINGS, "tiny", settings | {"ldm": replace(settings["ldm"], validate_every=1)})
+    monkeypatch.setattr("train.TrainLDM", lambda *arguments: jobs.append(FakeJob(*arguments)) or jobs[0])
+    status, _, err = command(*start("ldm", tmp_path / "run", "--epochs", 6, "--lr", 0.5))      # 4 clips, a batch each
+    assert status == 0, err
+    job, = jobs
+    assert job.saved == [1, 2, 5] and job.judged == 6
+    assert job.rates == pytest.approx([0.5 * (1 - step / 6) for step in range(6)])
+
+
+@pytest.mark.parametrize("job, file", JOBS.items())
+def test_what_is_validated_and_saved_is_the_moving_average(make, tmp_path, job, file):
+    training = make(job)
+    with torch.no_grad():
+        for parameter in training.network.parameters():
+            parameter.fill_(math.nan)
+        assert math.isfinite(training.validate()["loss"])
+        training.save()
+    assert all(tensor.isfinite().all() for tensor in weights.read(tmp_path / "run" / file).values())
+
+
+def test_the_moving_average_is_one_of_the_weights_that_take_effect():
+    network, expected = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2)), torch.zeros(2, 3)
+    ema = train.Ema(torch.nn.Linear(3, 2))               # as the vocoders', made before the weight norm
+    ema.network.weight.zero_()
+    for step in range(40):
+        torch.nn.init.normal_(network.parametrizations.weight.original1)
+        ema.update(network, step)
+        decay = min(train.EMA_DECAY, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * network.weight.detach()
+    assert torch.allclose(ema.network.weight, expected, atol=1e-5)
+
+
+def test_a_gradient_is_no_longer_than_its_limit():
+    network, target = torch.nn.Linear(2, 1, bias=False), torch.tensor([[300.0, -400.0]])
+    before = network.weight.detach().clone()
+    sgd = torch.optim.SGD(network.parameters(), 1.0)
+    losses = train.descend(network, sgd, [1.0, 3.0], lambda part: {"loss": part * (network.weight * target).sum()})
+    assert losses["gradient_norm"] == pytest.approx(1000)                         # that of the mean over both parts
+    assert torch.allclose(network.weight, before - train.CLIP_NORM * target / 500, atol=1e-4)
+
+
+def test_each_channel_of_a_trained_vaes_latents_has_the_deviation_1_before_the_scale(make, tmp_path):
+    training = make("vae")
+    (clip, rate), = training.val_items
+    mel = train.mel_spectrogram(clip.read(rate, 0, PRESETS["tiny"].seconds)[None], rate)
+    with torch.no_grad():
+        training.validate()
+        training.save()
+        vae = SRCgAudio.load_vae(tmp_path / "run")
+        z, _ = vae.encode(mel)
+    assert z.mean((0, 2, 3)).abs().max() < 1e-3 and (z.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    assert vae.scale_factor.item() == pytest.approx(train.LATENT_STD)
 
 
 # Stopped and started again
@@ -443,11 +572,8 @@ def test_latents_and_texts_are_computed_once(start, command, tmp_path, monkeypat
     assert difference(tmp_path / "one", tmp_path / "two", "unet.pt") == 0
 
 
-def test_the_cache_is_what_the_networks_compute(start, command, tmp_path, monkeypatch, checkpoint):
-    jobs = []
-    monkeypatch.setattr("train.fit", lambda _, make_job, run: jobs.append(make_job(run, run.settings["ldm"])))
-    assert command(*start("ldm", tmp_path / "run"))[0] == 0
-    data, model = jobs[0].data, SRCgAudio.load(checkpoint, [16_000])
+def test_the_cache_is_what_the_networks_compute(make, checkpoint):
+    data, model = make("ldm").data, SRCgAudio.load(checkpoint, [16_000])
     for i, (clip, rate) in enumerate(data.items):
         moments = train.read_array(data.arrays, data.places[i])
         mel = train.mel_spectrogram(clip.read(rate, 0, model.config.seconds)[None], rate)
