@@ -128,7 +128,7 @@ def test_a_clip_is_read_with_zero_mean_and_peak_half(tmp_path):
 
 
 def test_a_crop_is_a_part_of_the_whole(clips):
-    clip = clips[0]
+    clip = next(clip for clip in clips if "rain" in clip.caption)                 # it sounds at both ends of the crop
     for rate in (16_000, 48_000):
         whole, crop = clip.read(rate, 0, 5), clip.read(rate, 1.5, 0.5)
         assert len(crop) == rate // 2

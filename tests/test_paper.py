@@ -225,6 +225,10 @@ def test_rates_between_the_four_are_inputs_too(unet):
     inputs = batch(unet)
     a, b, c = (predict(unet, **(inputs | {"rate": torch.tensor([rate] * 2)})) for rate in (24_000, 27_000, 32_000))
     assert (a - b).abs().max() > 1e-4 and (b - c).abs().max() > 1e-4
+    rates = torch.tensor([24_000, 24_050, 32_000])
+    c, _ = unet.condition(torch.zeros(3), rates, torch.zeros(3, 1, 64), torch.ones(3, 1, dtype=torch.bool))
+    a, b, c = c[:, -1]                                   # their tokens; near rates have near ones
+    assert (a - b).norm() < 0.05 * (a - c).norm()
 
 
 @pytest.mark.parametrize("tokens", [(), ("time",), ("rate",), ("time", "rate")])

@@ -9,8 +9,8 @@ import judge
 from srcgaudio import RATES
 from vae import VAE, Upsample, log_flicker, sample_posterior, vae_loss
 from vocoder import (STRIDES, Conv1d, ConvTranspose1d, Generator, MultiPeriodDiscriminator, MultiScaleDiscriminator,
-                     adversarial_loss, convergence_loss, discriminator_loss, feature_matching_loss, generator_loss,
-                     mel_loss, stft_loss)
+                     PeriodDiscriminator, adversarial_loss, convergence_loss, discriminator_loss, feature_matching_loss,
+                     generator_loss, mel_loss, stft_loss)
 
 
 def test_vae_shapes():
@@ -109,6 +109,15 @@ def test_discriminators_judge_any_length():
         judged = MultiPeriodDiscriminator(2)(wave) + MultiScaleDiscriminator(8)(wave)
         assert len(judged) == 8 and all(score.shape[0] == 2 and score.ndim == 2 for score, _ in judged)
         assert [len(features) for _, features in judged] == [6] * 5 + [8] * 3
+
+
+def test_discriminators_hear_the_wave_mirrored_at_its_end_and_at_half_its_rate():
+    torch.manual_seed(0)
+    wave, of_three, of_half = torch.randn(2, 2048), PeriodDiscriminator(3, 2), MultiScaleDiscriminator(8).eval()
+    mirrored = torch.cat([wave, wave[:, -2:-1]], dim=1)                      # 2049 = 683 x 3
+    assert torch.equal(of_three(wave)[0], of_three(mirrored)[0])
+    halved = F.pad(wave, (2, 2)).unfold(1, 4, 2).mean(2)                     # the means of 4 samples, at every second
+    assert torch.allclose(of_half(wave)[1][0], of_half.discriminators[1](halved)[0], atol=1e-6)
 
 
 def test_gan_losses_at_known_scores():
