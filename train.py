@@ -665,6 +665,7 @@ class TrainVAE:
         if not self.run.decoder_only:
             vae.normalize_latents(*self.moments)
             vae.scale_factor.fill_(LATENT_STD)
+            (self.run.folder / "unet.pt").unlink(missing_ok=True)      # of no use in other latents; the LDM comes next
         weights.save(vae.state_dict(), self.run.folder / "vae.pt")
 
 

@@ -397,7 +397,8 @@ def test_a_run_that_is_done_is_not_done_again(start, command, tmp_path):
 
 
 def test_a_stopped_run_that_overwrites_goes_on(start, command, tmp_path, monkeypatch):
-    """Its later jobs' old weights do not stand in the way; a scheduler's second SIGTERM does not end it early."""
+    """Its later jobs' old weights do not stand in the way, nor do they stay beside a VAE that they do not know; a
+    scheduler's second SIGTERM does not end it early."""
     folder = tmp_path / "run"
     jobs = start("vae", folder, "--epochs", 4)
     jobs.insert(2, "ldm")
@@ -405,10 +406,13 @@ def test_a_stopped_run_that_overwrites_goes_on(start, command, tmp_path, monkeyp
     old = weights.read(folder / "unet.pt")
     monkeypatch.setattr("train.Ema.update", lambda *_: [signal.raise_signal(signal.SIGTERM) for _ in range(2)])
     status, out, err = command(*jobs, "--seed", 1, "--overwrite")
-    assert status == 130 and "vae stopped after step 2" in out + err
+    assert status == 130 and "vae stopped after step 2" in out + err and (folder / "unet.pt").exists()
     monkeypatch.undo()
-    status, out, err = command(*jobs, "--seed", 1)
-    assert status == 0 and "vae goes on from step 2" in out + err
+    with monkeypatch.context() as stopping:
+        stopping.setattr("train.TrainLDM.__init__", lambda *_: signal.raise_signal(signal.SIGINT))
+        status, out, err = command(*jobs, "--seed", 1)
+        assert status == 130 and "vae goes on from step 2" in out + err and not (folder / "unet.pt").exists()
+    assert command(*jobs, "--seed", 1)[0] == 0
     assert any((weights.read(folder / "unet.pt")[name] != tensor).any() for name, tensor in old.items())
 
 
