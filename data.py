@@ -9,6 +9,7 @@ What is loaded has zero mean and a peak of 0.5 over the whole recording, so a so
 every crop.  (AudioLDM brings each resampled crop to that peak.)
 """
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -136,24 +137,34 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
         return wave
     divisor = math.gcd(rate, new_rate)
     down, up = rate // divisor, new_rate // divisor
-    cutoff = 0.95 * min(1, up / down)                    # in units of the input's Nyquist frequency
-    half = math.ceil(60 / min(1, up / down))             # half the filter's length, in input samples
+    half, kernels = resampling_kernels(down, up)
     length = math.ceil(len(wave) * up / down)
     blocks = math.ceil(length / up)                      # of `up` outputs each, from `down` inputs
     x = F.pad(wave, (half, blocks * down + half - len(wave) + down))[None, None]
-    out = torch.empty(blocks, up)
-    for first in range(0, up, 64):                       # neighbouring phases share most of their inputs
-        phase = torch.arange(first, min(first + 64, up))
+    phases = []
+    for start, kernel in kernels:
+        span = x[..., start:start + (blocks - 1) * down + kernel.shape[2]]
+        phases.append(F.conv1d(span, kernel, stride=down)[0])          # (phases, blocks)
+    return torch.cat(phases).T.flatten()[:length]
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)                             # what validation leaves in the cache must serve training too
+def resampling_kernels(down: int, up: int) -> tuple[int, list[tuple[int, Tensor]]]:
+    """Half the length of the filter, in input samples; and for each 64 phases, which share most of their inputs, the
+    first of these and the taps, (phases, 1, taps)."""
+    cutoff = 0.95 * min(1, up / down)                    # in units of the input's Nyquist frequency
+    half = math.ceil(60 / min(1, up / down))
+    kernels = []
+    for phase in torch.arange(up).split(64):
         time = phase.double() * down / up                # of each output, in input samples
         start = int(time[0])
         taps = torch.arange(start - half, math.ceil(time[-1]) + half + 1)
         distance = taps - time[:, None]                  # (phases, taps)
         window = torch.special.i0(9.0 * (1 - (distance / (half + 1)) ** 2).clamp(min=0).sqrt())
         window = window * (distance.abs() <= half + 1) / torch.special.i0(torch.tensor(9.0, dtype=torch.float64))
-        kernel = (cutoff * torch.sinc(cutoff * distance) * window).float()
-        span = x[..., start:start + (blocks - 1) * down + len(taps)]
-        out[:, phase] = F.conv1d(span, kernel[:, None], stride=down)[0].T
-    return out.flatten()[:length]
+        kernels.append((start, (cutoff * torch.sinc(cutoff * distance) * window).float()[:, None]))
+    return half, kernels
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -173,6 +173,10 @@ class Run:
         say(f"starting from {path}")
         return load_part(cls, arguments, path, self.folder / "config.json")
 
+    def mels(self, items: list[tuple[Clip, int]]) -> Iterator[Tensor]:
+        """The log-mel (1, T, 64) of each item, whole."""
+        return self.batches(WholeClips(items, self.config.seconds), batch_size=1)
+
     def batches(self, data: Dataset, **arguments) -> Iterator:
         """What a loader of `data` gives.  Its workers end with it: else a command that fails would wait for them."""
         loader = iter(DataLoader(data, num_workers=self.workers, worker_init_fn=ignore_signals, **arguments))
@@ -290,8 +294,9 @@ class Ema:
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         decay = min(EMA_DECAY, (1 + step) / (10 + step))           # short runs forget their start
-        for name, average in self.network.named_parameters():
-            average.lerp_(operator.attrgetter(name)(network), 1 - decay)
+        averages = dict(self.network.named_parameters())
+        new = [operator.attrgetter(name)(network) for name in averages]
+        torch._foreach_lerp_(list(averages.values()), new, 1 - decay)            # all in one: fewer kernels on a GPU
 
 
 class Muon(torch.optim.Optimizer):
@@ -306,24 +311,24 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, parameters, lr: float):
         super().__init__(parameters, {"lr": lr})
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["average"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self) -> None:
+        lr, parameters = self.param_groups[0]["lr"], self.param_groups[0]["params"]
+        gradients = [parameter.grad for parameter in parameters]
+        averages = [self.state[parameter]["average"] for parameter in parameters]
+        torch._foreach_lerp_(averages, gradients, 0.1)
+        momenta = torch._foreach_lerp(gradients, averages, 0.9)        # Nesterov's
         by_shape = defaultdict(list)
-        for parameter in self.param_groups[0]["params"]:
-            by_shape[parameter.shape].append(parameter)
-        for shape, parameters in by_shape.items():
-            momentum = []
-            for parameter in parameters:
-                state = self.state[parameter]
-                if not state:
-                    state["average"] = torch.zeros_like(parameter)
-                average = state["average"].lerp_(parameter.grad, 0.1)
-                momentum.append(parameter.grad.lerp(average, 0.9).reshape(shape[0], -1))     # Nesterov's; (m, n)
-            matrices = orthogonal(torch.stack(momentum))
+        for parameter, momentum in zip(parameters, momenta):
+            by_shape[parameter.shape].append((parameter, momentum.reshape(len(momentum), -1)))
+        for shape, pairs in by_shape.items():
+            alike, momenta = zip(*pairs)
+            matrices = orthogonal(torch.stack(momenta))                # (B, m, n)
             size = 0.2 * max(matrices.shape[1:]) ** 0.5                # as long a step as Adam's
-            for parameter, matrix in zip(parameters, matrices):
-                parameter.add_(matrix.view(shape), alpha=-self.param_groups[0]["lr"] * size)
+            torch._foreach_add_(alike, [matrix.view(shape) for matrix in matrices], alpha=-lr * size)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -333,8 +338,9 @@ def orthogonal(matrices: Tensor) -> Tensor:
         return orthogonal(matrices.mT).mT
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
+        # x <- 3.4445 x + (2.0315 A A - 4.7750 A) x, where A = x x^T
         square = x @ x.mT
-        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x
 
 
@@ -559,6 +565,20 @@ class Crops(Dataset):
         return [self[0, i] for i in range(0, len(self.items), math.ceil(len(self.items) / 256))]
 
 
+class WholeClips(Dataset):
+    """The log-mels (T, 64) of whole items, cut or filled with silence to the model's length."""
+
+    def __init__(self, items: list[tuple[Clip, int]], seconds: float):
+        self.items, self.seconds = items, seconds
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Tensor:
+        clip, rate = self.items[i]
+        return mel_spectrogram(clip.read(rate, 0, self.seconds)[None], rate)[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The VAE: L1, KL, detail and flicker, on mels of all rates
 
@@ -648,8 +668,8 @@ class TrainVAE:
     def validate(self) -> dict[str, float]:
         """Log-mel L1 of encoding and decoding, the latent with the noise that the decoder is trained to meet."""
         losses, latents = {rate: [] for rate in self.run.rates}, []
-        for clip, rate in tqdm(self.val_items, "validating", leave=False):
-            mel = mel_spectrogram(clip.read(rate, 0, self.run.config.seconds)[None], rate).to(self.run.device)
+        for (_, rate), mel in zip(tqdm(self.val_items, "validating", leave=False), self.run.mels(self.val_items)):
+            mel = mel.to(self.run.device)                                                    # (1, T, 64)
             with autocast(self.run.device, self.run.precision):
                 mean, _ = self.ema.network.encode(mel)
                 noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)
@@ -774,10 +794,10 @@ class TrainVocoder:
     def validate(self) -> dict[str, float]:
         """Log-mel L1 of copy-synthesis: real wave -> mel -> vocoder -> mel."""
         losses = []
-        for clip, rate in tqdm(self.val_items, "validating", leave=False):
-            mel = mel_spectrogram(clip.read(rate, 0, self.run.config.seconds)[None], rate).to(self.run.device)
+        for mel in tqdm(self.run.mels(self.val_items), "validating", len(self.val_items), leave=False):
+            mel = mel.to(self.run.device)                                                    # (1, T, 64)
             generated = self.ema.network(mel)            # in float32, as SRCgAudio.generate does
-            losses.append(mel_loss(mel, mel_spectrogram(generated, rate)).item())
+            losses.append(mel_loss(mel, mel_spectrogram(generated, self.rate)).item())
         return {"loss": sum(losses) / len(losses)}
 
     def save(self) -> None:
@@ -801,20 +821,6 @@ def train_tokenizer(captions: list[str], vocabulary: int) -> sentencepiece.Sente
         raise ValueError(f"no tokenizer of {vocabulary} tokens can be made of these captions: give the text encoder a "
                          f"larger vocabulary in config.json, or take --flan-t5 ({weights.first_line(error)})") from None
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-
-
-class WholeClips(Dataset):
-    """The log-mels (T, 64) of whole items, cut or filled with silence to the model's length."""
-
-    def __init__(self, items: list[tuple[Clip, int]], seconds: float):
-        self.items, self.seconds = items, seconds
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> Tensor:
-        clip, rate = self.items[i]
-        return mel_spectrogram(clip.read(rate, 0, self.seconds)[None], rate)[0]
 
 
 class Latents(Dataset):
@@ -931,9 +937,7 @@ class TrainLDM:
         files = {clip.path: file_digest(clip.path) for clip, _ in train + val}
         keys = [digest("latent", vae_digest, run.precision, config.seconds, rate, files[clip.path])
                 for clip, rate in train + val]
-        places = self.find_or_compute(train + val, keys,
-                                      lambda items: run.batches(WholeClips(items, config.seconds), batch_size=None),
-                                      partial(self.encode_mel, vae), "latents")
+        places = self.find_or_compute(train + val, keys, run.mels, partial(self.encode_mel, vae), "latents")
         self.data = Latents(run, train, places[:len(train)], texts, scale_factor, rolled=settings.rolled)
         self.val_data = Latents(run, val, places[len(train):], texts, scale_factor, times=even_times(val, run.rates))
 
@@ -968,7 +972,7 @@ class TrainLDM:
         return np.array([cache.find(key) for key in keys])
 
     def encode_mel(self, vae: VAE, mel: Tensor) -> Tensor:
-        mean, logvar = vae.encode(mel[None].to(self.run.device))
+        mean, logvar = vae.encode(mel.to(self.run.device))                                   # (1, 8, T/4, 16) each
         return torch.cat([mean, logvar])                                                     # (2, 8, T/4, 16)
 
     def encode_caption(self, caption: str) -> Tensor:
@@ -1333,7 +1337,8 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # The others may wait for rank 0 while it fills the cache or validates.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7),
+                                device_id=device if device.type == "cuda" else None)
     with main_process_first():
         run = prepare(args, device)
     if "vae" in args.jobs:

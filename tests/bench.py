@@ -55,6 +55,7 @@ def load(peer: nn.Module, ours: nn.Module, names: weights.Names) -> nn.Module:
 class Bench:
     def __init__(self, device: torch.device, precision: torch.dtype, repeats: int, compile: bool):
         self.device, self.precision, self.repeats, self.compile = device, precision, repeats, compile
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32     # products as convolutions
         a, b = (torch.randn(4096, 4096, device=device, dtype=precision) for _ in range(2))
         self.flops = 2 * 4096 ** 3 / self.time({"": lambda: a @ b})[""]
         print(f"{device}, {precision}, {torch.get_num_threads()} threads, 4096^3: {self.flops / 1e9:.0f} GFLOP/s")
