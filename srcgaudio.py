@@ -23,6 +23,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import weights
@@ -131,8 +132,8 @@ class NoiseSchedule:
         return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * z_t
 
     def ddim_timesteps(self, steps: int) -> list[int]:
-        """The indices t that DDIM visits, from noise to data: evenly spaced, ending at 1 (with T steps, T - 1 comes
-        twice).
+        """The indices t that DDIM visits, from noise to data: evenly spaced, down to 1, from which the last step goes
+        to 0 (with T steps, T - 1 comes twice).
 
         With few steps the first index lies well below T, at 801 with 5, although z_T is pure noise and z_801 would
         still hold some of z_0; a single step starts at 1 and returns noise.
@@ -319,10 +320,8 @@ class TextEncoder(nn.Module):
             if len(row) > self.MAX_TOKENS:
                 warnings.warn(f'text "{texts[i][:40]}..." has {len(row)} tokens; all after {self.MAX_TOKENS} are cut')
                 rows[i] = row[:self.MAX_TOKENS - 1] + [self.END]
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([row + [self.PAD] * (longest - len(row)) for row in rows])        # (B, N)
-        mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
-        return ids, mask
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=self.PAD)    # (B, N)
+        return ids, ids != self.PAD                      # no text has it: "<pad>" in one is read as characters
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids (B, N), mask (B, N) -> psi (B, N, d).  What stands at padding tokens means nothing."""

@@ -9,8 +9,9 @@ writes its losses to JOB.csv.
 
 The paper takes AudioLDM's VAE as it is, trains HiFi-GANs, and the LDM on Eq. (3).  Not the paper's but ours, so that
 small networks learn from a few hundred recordings: Muon, the whitened starts (`whiten_patches`, `whiten`), detail and
-flicker in the VAE's loss, vocoders without discriminators, the balanced loss and rolled clips.  Of these the preset
-paper has the VAE's alone, should one be trained.
+flicker in the VAE's loss, its latents' deviation of 0.3 and a decoder trained on DDIM's noise, vocoders without
+discriminators, the balanced loss and rolled clips.  Of these the preset paper has the VAE's alone, should one be
+trained.
 
 Every random draw is a function of --seed, the epoch and the item.  So a run that was stopped, by kill -9 even, goes on
 from its last state as if it had never stopped, and how a batch is split over processes changes nothing but rounding.
@@ -98,7 +99,8 @@ SETTINGS = {
 }
 KL_WEIGHT = 3e-4                                         # of the KL against the L1, both means
 # Standard deviation of z_0.  At 1, z_T would still tell how loud the whole clip is, since alpha_bar_T is 0.005 and not
-# 0; sampling starts from noise that tells nothing, and all clips would come out equally loud.
+# 0; sampling starts from noise that tells nothing, and all clips would come out equally loud.  The same as a schedule
+# whose signal-to-noise ratio is 11 times lower.
 LATENT_STD = 0.3
 NULL_CAPTIONS = 0.1                                      # share of captions emptied, for Eq. (4)
 EMA_DECAY = 0.999
@@ -262,9 +264,9 @@ class Plan:
         return [(i // self.items, int(shuffled(self.items, self.run.seed, i // self.items)[i % self.items]))
                 for i in range(first, first + self.settings.batch)]
 
-    def parts(self, step: int) -> Iterator[list[tuple[int, int]]]:
-        """This process's share of the batches from `step` on, each in `accumulate` parts."""
-        for step in range(step, self.steps):
+    def parts(self, first_step: int) -> Iterator[list[tuple[int, int]]]:
+        """This process's share of the batches from `first_step` on, each in `accumulate` parts."""
+        for step in range(first_step, self.steps):
             batch = self.batch(step)
             size = len(batch) // (processes() * self.run.accumulate)
             for part in range(self.run.accumulate):
@@ -325,9 +327,9 @@ class Muon(torch.optim.Optimizer):
         for parameter, momentum in zip(parameters, momenta):
             by_shape[parameter.shape].append((parameter, momentum.reshape(len(momentum), -1)))
         for shape, pairs in by_shape.items():
-            alike, momenta = zip(*pairs)
-            matrices = orthogonal(torch.stack(momenta))                # (B, m, n)
-            size = 0.2 * max(matrices.shape[1:]) ** 0.5                # as long a step as Adam's
+            alike, of_shape = zip(*pairs)
+            matrices = orthogonal(torch.stack(of_shape))               # (B, m, n)
+            size = 0.2 * max(matrices.shape[1:]) ** 0.5                # entries of some 0.2, as in a step of Adam's
             torch._foreach_add_(alike, [matrix.view(shape) for matrix in matrices], alpha=-lr * size)
 
 
@@ -599,7 +601,7 @@ def whiten_patches(vae: VAE, mels: Tensor) -> None:
     """Let an untrained VAE see mels (N, T, 64) as mixtures of the principal components of their 4 x 4 patches, brought
     to one scale.
 
-    The first of them, loudness, has 97 % of a log-mel's variance: left to itself, a small VAE keeps little else.
+    The first of them, loudness, has 97 % of the patches' variance: left to itself, a small VAE keeps little else.
     """
     encoder, n = vae.encoder, VAE.LATENT
     for name, layer in vae.named_modules():              # at first, residual blocks let their input through
@@ -676,6 +678,7 @@ class TrainVAE:
                 decoded = self.ema.network.decode(mean + self.ddim_noise * noise)
             latents.append(mean)
             losses[rate].append(mel_loss(mel, decoded).item())
+        # The latents' level by these clips, since they are whole, as the LDM takes them, where training sees crops
         z = torch.cat(latents)                                                               # (clips, 8, T/4, 16)
         self.moments = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
         return mean_by_rate(losses)
@@ -748,6 +751,7 @@ class TrainVocoder:
         return False
 
     def step(self, parts: list[Tensor]) -> dict[str, Tensor]:
+        parts = [wave.to(self.run.device) for wave in parts]                                 # (B, L) each
         if not self.discriminators:
             return descend(self.distributed, self.optimizer, parts, self.spectral_losses)
         judging = descend(self.distributed_d, self.optimizer_d, parts, self.discriminator_losses)
@@ -757,7 +761,6 @@ class TrainVocoder:
         return losses | {"discriminators": judging["loss"], "gradient_norm_d": judging["gradient_norm"]}
 
     def spectral_losses(self, wave: Tensor) -> dict[str, Tensor]:
-        wave = wave.to(self.run.device)                                                      # (B, L)
         mel = mel_spectrogram(wave, self.rate)                                               # (B, L / hop, 64)
         with autocast(self.run.device, self.run.precision):
             generated = self.distributed(mel)                                                # (B, L)
@@ -774,7 +777,6 @@ class TrainVocoder:
         return {"loss": of_mel + 4 * of_tones + of_stft / 2 + 4 * of_loud, "mel": of_mel}
 
     def discriminator_losses(self, wave: Tensor) -> dict[str, Tensor]:
-        wave = wave.to(self.run.device)                                                      # (B, L)
         mel = mel_spectrogram(wave, self.rate)                                               # (B, L / hop, 64)
         with autocast(self.run.device, self.run.precision):
             with torch.no_grad():
@@ -783,7 +785,6 @@ class TrainVocoder:
             return {"loss": discriminator_loss(real, fake)}
 
     def generator_losses(self, wave: Tensor) -> dict[str, Tensor]:
-        wave = wave.to(self.run.device)                                                      # (B, L)
         mel = mel_spectrogram(wave, self.rate)                                               # (B, L / hop, 64)
         with autocast(self.run.device, self.run.precision):
             generated = self.distributed(mel)                                                # (B, L)
@@ -906,8 +907,8 @@ class TrainLDM:
         unet = run.network(UNet, config.unet, "unet.pt")
         check_widths(self.text_encoder, unet, folder / "config.json")
         scale_factor = vae.scale_factor.item()
-        # of z_0: our VAEs' channels have a deviation of 1 before the factor, which `weights.py halve` rounds;
-        # AudioLDM's factor brings it to 1
+        # z_0's standard deviation.  The channels of a VAE trained here have 1 before the factor, so it is the factor
+        # (`weights.py halve` rounds that); AudioLDM's factor brings it to 1.
         std = LATENT_STD if math.isclose(scale_factor, LATENT_STD, rel_tol=1e-3) else 1.0
         self.network = Denoiser(unet, self.text_encoder if run.train_text_encoder else None,
                                 std if settings.balanced else None)

@@ -206,7 +206,7 @@ class UNet(nn.Module):
         and the middle without one has one residual block instead of two, as in diffusers.  The default is Stable
         Diffusion's placement, which the paper's parameter count bears out; the paper's words, "the last three
         encoder blocks and the first three decoder blocks", are (False, True, True, True): 724.7 M, or 658.1 M if the
-        middle block does not attend.
+        middle block is one residual block alone.
     cross_attention_middle: whether it does.
     context_width: d, the width of the text embedding and of the condition's tokens.
     tokens: which scalars become tokens of c.  SRC-gAudio ("time", "rate"), gAudio ("time",), Tango ().
@@ -282,7 +282,7 @@ class UNet(nn.Module):
         tokens = []
         if self.time_token is not None:
             tokens.append(self.time_token(sinusoid(t, self.context_width))[:, None])             # (B, 1, d)
-        if self.rate_token is not None:                  # in kHz; in Hz the sinusoids turn many times between rates
+        if self.rate_token is not None:                  # in kHz; in Hz most sinusoids would turn between two rates
             tokens.append(self.rate_token(sinusoid(rate / 1000, self.context_width))[:, None])   # (B, 1, d)
         c = torch.cat([text, *tokens], dim=1)                                                    # (B, N + 2, d)
         return c, F.pad(text_mask, (0, len(tokens)), value=True)                                 # (B, N + 2)

@@ -7,6 +7,7 @@ with AudioLDM's structure; only the strides differ, because their product is the
     MultiPeriodDiscriminator   wave (B, L) -> scores and features of 5 discriminators
     MultiScaleDiscriminator    wave (B, L) -> scores and features of 3 discriminators
 """
+import math
 from pathlib import Path
 
 import torch
@@ -89,12 +90,11 @@ class Generator(nn.Module):
             raise ValueError(f"the vocoder takes as many kernels as strides, none smaller, and channels that can be "
                              f"halved as often, "
                              f"got strides {tuple(strides)}, kernels {tuple(kernels)}, channels {channels}")
-        self.hop = 1
+        self.hop = math.prod(strides)
         self.conv_pre = Conv1d(n_mels, channels, 7, padding=3)
         self.ups = nn.ModuleList()
         self.resblocks = nn.ModuleList()                 # three for each upsampling, one after the other
         for stride, kernel in zip(strides, kernels):
-            self.hop *= stride
             self.ups.append(ConvTranspose1d(channels, channels // 2, kernel, stride, padding=(kernel - stride) // 2))
             channels //= 2
             self.resblocks += [ResBlock(channels, kernel) for kernel in self.RES_KERNELS]
