@@ -688,8 +688,11 @@ class TrainVAE:
         if not self.run.decoder_only:
             vae.normalize_latents(*self.moments)
             vae.scale_factor.fill_(LATENT_STD)
-            (self.run.folder / "unet.pt").unlink(missing_ok=True)      # of no use in other latents; the LDM comes next
         weights.save(vae.state_dict(), self.run.folder / "vae.pt")
+        old, start = self.run.folder / "unet.pt", find_file("unet.pt", self.run.start)
+        # It knows other latents, and the LDM comes next, which may start from it.
+        if not self.run.decoder_only and not (start and start.resolve() == old.resolve()):
+            old.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -414,6 +414,8 @@ def test_a_stopped_run_that_overwrites_goes_on(start, command, tmp_path, monkeyp
         assert status == 130 and "vae goes on from step 2" in out + err and not (folder / "unet.pt").exists()
     assert command(*jobs, "--seed", 1)[0] == 0
     assert any((weights.read(folder / "unet.pt")[name] != tensor).any() for name, tensor in old.items())
+    status, out, err = command(*jobs, "--seed", 2, "--start-from", folder, "--overwrite")
+    assert status == 0 and f"starting from {folder / 'unet.pt'}" in out + err     # in other latents, but asked for
 
 
 def test_a_refused_run_changes_nothing(start, command, tmp_path, checkpoint):
