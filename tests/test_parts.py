@@ -49,7 +49,7 @@ def test_vae_loss_is_l1_and_the_kl_to_a_standard_normal():
     mel, moments = torch.zeros(1, 20, 64), torch.zeros(1, 8, 5, 16)
     losses = vae_loss(mel, mel + 2, moments, moments, kl_weight=1.0, flicker_weight=1.0)           # N(0, 1): no KL
     assert {name: loss.item() for name, loss in losses.items()} == {"loss": 2, "l1": 2, "kl": 0, "detail": 0,
-                                                                         "flicker": 0}
+                                                                    "flicker": 0}
     losses = vae_loss(mel, mel, moments + 1, moments + math.log(4), kl_weight=0.1, flicker_weight=1.0)
     assert losses["l1"] == 0 and losses["loss"].item() == pytest.approx(0.1 * 0.5 * (1 + 4 - 1 - math.log(4)))
 
@@ -59,7 +59,7 @@ def test_vae_loss_counts_detail_and_flicker():
     stripes = mel + torch.tensor([1., 0]).repeat(32)                                     # from band to band
     losses = vae_loss(mel, stripes, moments, moments, kl_weight=1.0, flicker_weight=3.0)
     assert {name: loss.item() for name, loss in losses.items()} == {"loss": 1.5, "l1": 0.5, "kl": 0, "detail": 1,
-                                                                         "flicker": 0}
+                                                                    "flicker": 0}
     blinking = mel + torch.tensor([1., 0]).repeat(10)[:, None]                    # by 1 from frame to frame, and back
     losses = vae_loss(mel, blinking, moments, moments, kl_weight=1.0, flicker_weight=3.0)
     flicker = (math.log(1.02 / 0.02) + math.log(2.02 / 0.02)) / 3                    # across frequency nothing moves
