@@ -18,6 +18,7 @@ import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -73,7 +74,7 @@ def read_audio(path: str | Path, first: int = 0, samples: int = -1) -> tuple[Ten
 
 
 def read_blocks(path: str | Path, first: int = 0, samples: int = -1) -> Iterator[tuple[Tensor, int]]:
-    """What `read_audio` gives, in blocks of a minute or two: recordings can be hours long."""
+    """What `read_audio` gives, in blocks, since recordings can be hours long."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such audio file")
@@ -197,19 +198,26 @@ class Cache:
         self.folder, self.arrays = folder, folder / "arrays.f16"
         folder.mkdir(parents=True, exist_ok=True)
         self.arrays.touch()
-        self.index = sqlite3.connect(folder / "index.sqlite", timeout=3600, isolation_level=None)
+        with self.errors():
+            self.index = sqlite3.connect(folder / "index.sqlite", timeout=3600, isolation_level=None)
         self.execute("CREATE TABLE IF NOT EXISTS arrays (key BLOB PRIMARY KEY, start INTEGER, size INTEGER)")
         self.execute("CREATE TABLE IF NOT EXISTS facts (key BLOB PRIMARY KEY, fact TEXT)")
         if self.end() > self.arrays.stat().st_size // 2:
             raise ValueError(f"{self.arrays}: shorter than its index says; delete the folder {folder}")
 
-    def execute(self, command: str, values: tuple = ()) -> sqlite3.Cursor:
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """SQLite's errors, with the file and what to do."""
         try:
-            return self.index.execute(command, values)
+            yield
         except sqlite3.OperationalError as error:        # a full disk, a folder that can't be written
             raise OSError(f"{self.folder / 'index.sqlite'}: {error}") from None
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.folder / 'index.sqlite'}: {error}; delete the folder {self.folder}") from None
+
+    def execute(self, command: str, values: tuple = ()) -> sqlite3.Cursor:
+        with self.errors():
+            return self.index.execute(command, values)
 
     def end(self) -> int:
         return self.execute("SELECT MAX(start + size) FROM arrays").fetchone()[0] or 0

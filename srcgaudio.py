@@ -428,7 +428,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(device: torch.device, name: str = "auto") -> torch.dtype:
-    """"bf16", "fp32", or "auto": bfloat16 where the processor multiplies it in hardware, else float32."""
+    """"bf16", "fp32", or "auto": bfloat16 where a GPU or an x86 processor multiplies it in hardware, else float32."""
     if name not in ("auto", "bf16", "fp32"):
         raise ValueError(f"precision must be auto, bf16 or fp32, got {name!r}")
     if name == "auto" and device.type == "cuda":

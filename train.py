@@ -106,6 +106,7 @@ NULL_CAPTIONS = 0.1                                      # share of captions emp
 EMA_DECAY = 0.999
 CLIP_NORM = 1.0
 LOG_EVERY = 20                                           # steps
+LOG_HEADER = "step,name,value\n"
 
 
 @dataclass(frozen=True)
@@ -518,7 +519,7 @@ def open_log(path: Path, size: int):
     os.truncate(path, min(size, path.stat().st_size))
     file = open(path, "a", newline="", buffering=1)
     if file.tell() == 0:
-        file.write("step,name,value\n")
+        file.write(LOG_HEADER)
     return file
 
 
@@ -1153,6 +1154,10 @@ def find_outputs(args: argparse.Namespace) -> dict[str, str]:
     for name, file in outputs.items():
         if (folder / file).exists() and not (folder / f"{name}_state.pt").exists() and not args.overwrite:
             raise ValueError(f"{folder / file} exists; name another --checkpoint, or say --overwrite")
+        log = folder / f"{name}.csv"                     # the user's captions may have this name
+        if log.is_file() and log.stat().st_size and not log.read_bytes().startswith(LOG_HEADER.encode()):
+            raise ValueError(f"{log} is no log of losses, and this run would write one there; name another "
+                             f"--checkpoint")
     if "vae" in outputs and (folder / "unet.pt").exists():
         states = {} if args.overwrite else {name: read_state(folder / f"{name}_state.pt", {}) for name in outputs}
         vae_changes = not states.get("vae") or states["vae"]["kept"]
@@ -1204,6 +1209,10 @@ def pick_config(args: argparse.Namespace) -> Config:
     if "ldm" in args.jobs and len(set(args.rates)) > 1 and "rate" not in config.unet.get("tokens", ["rate"]):
         raise ValueError(f"the U-Net of {source} is not told the rate, so it can learn one alone; name it with "
                          f"--rates, or start from one that has the token (weights.py import --add-tokens)")
+    if source == args.checkpoint and config != SRCgAudio.load_config(source) and (source / "unet.pt").exists():
+        # Until a new U-Net is saved, config.json must fit the old one.
+        raise ValueError(f"{source / 'unet.pt'} was not trained with this --flan-t5 or --no-rate-token; name another "
+                         f"--checkpoint")
     if source:
         check_sizes(args.jobs, config, source / "config.json")
     return config
@@ -1224,11 +1233,22 @@ def check_ldm(args: argparse.Namespace, config: Config) -> None:
         raise ValueError(f"--tokenizer-captions is for a new text encoder, but there is {encoder}")
     if "vae" not in args.jobs and not find_file("vae.pt", folder, args.start_from):
         raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
-    if start := find_file("unet.pt", args.start_from):
-        try:
-            weights.check(weights.skeleton(UNet, config.unet, folder), weights.read(start), start)
-        except ValueError as error:
-            raise ValueError(f"{error}; from a folder without unet.pt, a U-Net starts at random") from None
+
+
+def check_start(jobs: list[str], config: Config, start: Path) -> None:
+    """Raises ValueError if a file of weights that a job may start from is damaged or of other sizes."""
+    parts = [("vae", "vae.pt", VAE, config.vae), ("ldm", "unet.pt", UNet, config.unet)]
+    for rate in RATES:
+        parts.append(("vocoder", f"vocoder_{rate}.pt", Generator, config.vocoder | {"strides": STRIDES[rate]}))
+        if widths := SETTINGS[config.preset]["vocoder"].discriminators:
+            sizes = dict(zip(("mpd_channels", "msd_channels"), widths))
+            parts.append(("vocoder", f"discriminators_{rate}.pt", Discriminators, sizes))
+    for job, name, cls, sizes in parts:
+        if job in jobs and (path := find_file(name, start)):
+            try:
+                weights.check(weights.skeleton(cls, sizes, path), weights.read(path), path)
+            except ValueError as error:
+                raise ValueError(f"{error}; without {name} in its folder, training starts without it") from None
 
 
 def check_sizes(jobs: list[str], config: Config, source: Path) -> None:
@@ -1282,6 +1302,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     copies = find_copies(args, config, outputs) if args.start_from else []
     if "ldm" in args.jobs:
         check_ldm(args, config)
+    if args.start_from:
+        check_start(args.jobs, config, args.start_from)
     settings = pick_settings(args, config)
     cache = Cache(args.cache)
     train, val, left_out = find_data(args, cache)

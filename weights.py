@@ -9,7 +9,8 @@ diffusers and transformers open, `halve` copies a checkpoint with its weights in
 needs.  Elsewhere weights are flat dicts of tensors with dotted names.
 
 A weight file comes from a stranger.  Nothing here runs code from one, every size is checked against the file before
-memory is taken for it, and files are memory-mapped: tensors that nobody needs are never read.
+memory is taken for it, and files are memory-mapped (but PyTorch's of before 2020): tensors that nobody needs are never
+read.
 """
 import argparse
 import inspect
@@ -52,8 +53,8 @@ PICKLED = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor|te
 def read(path: str | Path) -> Weights:
     """The tensors of a PyTorch file, a .safetensors file, or a Hugging Face folder with either, in shards or not.
 
-    Dicts within dicts become dotted names: {"generator": {"a": x}} -> "generator.a".  The tensors lie in the mapped
-    file: nothing is read before it is used.  Raises ValueError naming the file if it is missing, damaged or no such.
+    Dicts within dicts become dotted names: {"generator": {"a": x}} -> "generator.a".  Raises ValueError naming the file
+    if it is missing, damaged or no such.
     """
     path = Path(path)
     if not path.is_dir():

@@ -410,6 +410,12 @@ def test_a_damaged_cache_is_named(tmp_path, harm):
         Cache(tmp_path)
 
 
+def test_a_cache_that_can_not_be_opened_is_named(tmp_path):
+    (tmp_path / "index.sqlite").mkdir()
+    with pytest.raises(OSError, match="index.sqlite: unable to open"):
+        Cache(tmp_path)
+
+
 def test_a_full_disk_leaves_the_cache_whole(tmp_path):
     program = ("import sys, numpy; from pathlib import Path\n"
                "from data import Cache; from srcgaudio import exit_cleanly\n"

@@ -818,8 +818,39 @@ def test_a_unet_is_not_copied_beside_a_vae_of_other_latents(start, command, tmp_
 def test_a_start_that_does_not_fit_is_named_before_the_first_step(start, command, tmp_path):
     script, job, *arguments = start("ldm", tmp_path / "run", "--no-rate-token")
     status, _, err = command(script, "vae", job, *arguments)
-    one_line(status, err, "unet.pt: unknown tensor rate_token", "a U-Net starts at random")
+    one_line(status, err, "unet.pt: unknown tensor rate_token", "training starts without it")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("job, file", [("vae", "vae.pt"), ("vocoder", "vocoder_48000.pt"),
+                                       ("vocoder", "discriminators_16000.pt")])
+def test_a_damaged_start_leaves_the_state_of_a_stopped_run(start, command, tmp_path, checkpoint, job, file):
+    name = {"vocoder": "vocoder_16000"}.get(job, job)
+    base, state = shutil.copytree(checkpoint, tmp_path / "base"), tmp_path / "run" / f"{name}_state.pt"
+    weights.save({"another": torch.zeros(1)}, base / file)
+    SRCgAudio.save_config(SRCgAudio.load_config(checkpoint), tmp_path / "run")
+    state.write_bytes(b"a state")
+    status, _, err = command(*start(job, tmp_path / "run", "--overwrite", "--start-from", base))
+    one_line(status, err, f"base/{file}")
+    assert state.read_bytes() == b"a state"
+
+
+def test_a_file_of_the_user_named_like_a_log_is_kept(start, command, tmp_path, checkpoint):
+    run, captions = shutil.copytree(checkpoint, tmp_path / "run"), tmp_path / "run" / "ldm.csv"
+    captions.write_bytes(Path(few_clips(tmp_path)).read_bytes())
+    before = captions.read_bytes()
+    status, _, err = command(*start("ldm", run, "--overwrite"))
+    one_line(status, err, "ldm.csv is no log")
+    assert captions.read_bytes() == before
+
+
+def test_a_unet_keeps_the_config_that_it_was_trained_with(start, command, tmp_path, checkpoint):
+    run = shutil.copytree(checkpoint, tmp_path / "run")
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    (base / "unet.pt").unlink()
+    status, _, err = command(*start("ldm", run, "--no-rate-token", "--overwrite", "--start-from", base))
+    one_line(status, err, "unet.pt was not trained with this", "--no-rate-token")
+    SRCgAudio.load(run)
 
 
 @pytest.mark.parametrize("change, parts", [
