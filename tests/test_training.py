@@ -455,8 +455,12 @@ def test_a_damaged_state_is_named(start, command, tmp_path, harm):
 
 
 def test_a_state_that_can_not_be_read_is_not_called_damaged(start, command, tmp_path, monkeypatch):
+    read = weights.read_pytorch
+
     def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        if path.name == "vae_state.pt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "vae_state.pt").write_text("precious")
