@@ -198,7 +198,7 @@ class Cache:
         self.folder, self.arrays = folder, folder / "arrays.f16"
         folder.mkdir(parents=True, exist_ok=True)
         self.arrays.touch()
-        with self.errors():
+        with self.named_errors():
             self.index = sqlite3.connect(folder / "index.sqlite", timeout=3600, isolation_level=None)
         self.execute("CREATE TABLE IF NOT EXISTS arrays (key BLOB PRIMARY KEY, start INTEGER, size INTEGER)")
         self.execute("CREATE TABLE IF NOT EXISTS facts (key BLOB PRIMARY KEY, fact TEXT)")
@@ -206,8 +206,8 @@ class Cache:
             raise ValueError(f"{self.arrays}: shorter than its index says; delete the folder {folder}")
 
     @contextmanager
-    def errors(self) -> Iterator[None]:
-        """SQLite's errors, with the file and what to do."""
+    def named_errors(self) -> Iterator[None]:
+        """In here SQLite's errors become ours, which name the file and say what to do."""
         try:
             yield
         except sqlite3.OperationalError as error:        # a full disk, a folder that can't be written
@@ -216,7 +216,7 @@ class Cache:
             raise ValueError(f"{self.folder / 'index.sqlite'}: {error}; delete the folder {self.folder}") from None
 
     def execute(self, command: str, values: tuple = ()) -> sqlite3.Cursor:
-        with self.errors():
+        with self.named_errors():
             return self.index.execute(command, values)
 
     def end(self) -> int:

@@ -1248,7 +1248,7 @@ def check_start(jobs: list[str], config: Config, start: Path) -> None:
             try:
                 weights.check(weights.skeleton(cls, sizes, path), weights.read(path), path)
             except ValueError as error:
-                raise ValueError(f"{error}; without {name} in its folder, training starts without it") from None
+                raise ValueError(f"{error}; if {name} is taken out of the folder, training starts without it") from None
 
 
 def check_sizes(jobs: list[str], config: Config, source: Path) -> None:

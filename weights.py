@@ -9,8 +9,8 @@ diffusers and transformers open, `halve` copies a checkpoint with its weights in
 needs.  Elsewhere weights are flat dicts of tensors with dotted names.
 
 A weight file comes from a stranger.  Nothing here runs code from one, every size is checked against the file before
-memory is taken for it, and files are memory-mapped (but PyTorch's of before 2020): tensors that nobody needs are never
-read.
+memory is taken for it, and files are memory-mapped, except PyTorch's from before 2020: tensors that nobody needs are
+never read.
 """
 import argparse
 import inspect

@@ -840,8 +840,8 @@ def test_a_damaged_start_leaves_the_state_of_a_stopped_run(start, command, tmp_p
 
 
 def test_a_file_of_the_user_named_like_a_log_is_kept(start, command, tmp_path, checkpoint):
-    run, captions = shutil.copytree(checkpoint, tmp_path / "run"), tmp_path / "run" / "ldm.csv"
-    captions.write_bytes(Path(few_clips(tmp_path)).read_bytes())
+    run = shutil.copytree(checkpoint, tmp_path / "run")
+    captions = Path(shutil.copy(few_clips(tmp_path), run / "ldm.csv"))
     before = captions.read_bytes()
     status, _, err = command(*start("ldm", run, "--overwrite"))
     one_line(status, err, "ldm.csv is no log")
