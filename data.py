@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import weights
 
-SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
+SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"}
 BLOCK = 2 ** 22                                          # samples
 LARGEST_CAPTIONS = 2 ** 30                               # bytes of a JSON file
 
@@ -48,6 +48,7 @@ class Clip:
     samples: int
     mean: float
     peak: float
+    digest: bytes                                        # of the file these facts are about
 
     def reaches(self, rate: int) -> bool:
         """Whether the file has the highs of `rate`: 44.1 kHz counts as reaching 48 kHz."""
@@ -55,10 +56,12 @@ class Clip:
 
     def read(self, rate: int, start: float, seconds: float) -> Tensor:
         """The wave at `rate` with its level adjusted, (round(seconds * rate),), from `start` seconds on.  Silence
-        follows where the file ends early."""
+        follows where the file ends early.  Raises ValueError if the file is no longer what it was."""
         margin = 0.05                                    # what the resampler wants to see on both sides
         first = max(0, int((start - margin) * self.rate))
         wave, _ = read_audio(self.path, first, math.ceil((seconds + 2 * margin) * self.rate))
+        if file_digest(self.path) != self.digest:        # its level would be wrong, and its rate perhaps
+            raise ValueError(f"{self.path}: changed since this run began; start it again")
         wave = resample((wave - self.mean) * (0.5 / self.peak), self.rate, rate)
         wave = wave[round((start - first / self.rate) * rate):][:round(seconds * rate)]
         return F.pad(wave, (0, round(seconds * rate) - len(wave)))
@@ -309,7 +312,7 @@ def read_csv(path: Path) -> list[list[str]]:
     lines: list[list[str]] = []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(file, strict=True, skipinitialspace=True)
             for line in filter(None, reader):
                 lines.append(line)
                 if len(line) > len(lines[0]):
@@ -418,20 +421,22 @@ def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, b
                 found.append((path, row.caption.strip()))
             except ValueError as error:
                 left_out.append(str(error))
-    facts = inspect_all({path for path, _ in found}, cache, progress)
-    clips = [Clip(path, caption, *facts[path]) for path, caption in found if not isinstance(facts[path], str)]
+    digests = {path: file_digest(path) for path, _ in found}
+    facts = inspect_all(digests, cache, progress)
+    clips = [Clip(path, caption, *facts[path], digests[path])
+             for path, caption in found if not isinstance(facts[path], str)]
     left_out = list(dict.fromkeys(left_out)) + sorted(fact for fact in facts.values() if isinstance(fact, str))
     if not clips:
         reason = f"{len(left_out)} left out, such as {left_out[0]}" if left_out else "there are none"
-        raise ValueError(f"{', '.join(str(source) for source, *_ in sources)}: no clips to use; {reason}")
+        raise ValueError(f"{', '.join(str(source) for source, *_ in sources)}: no clips to use (WAV, FLAC, Ogg, Opus "
+                         f"or MP3); {reason}")
     return clips, left_out
 
 
-def inspect_all(paths: set[Path], cache: Cache, progress: bool) -> dict[Path, list | str]:
+def inspect_all(digests: dict[Path, bytes], cache: Cache, progress: bool) -> dict[Path, list | str]:
     """What `inspect` says of each file, or the line that says what is wrong with it."""
-    keys = {path: file_digest(path) for path in paths}
-    facts = {path: cache.fact(key) for path, key in keys.items()}
-    new = [path for path in sorted(paths) if facts[path] is None]
+    facts = {path: cache.fact(key) for path, key in digests.items()}
+    new = [path for path in sorted(digests) if facts[path] is None]
 
     def look(path: Path) -> list | str:
         try:
@@ -448,7 +453,7 @@ def inspect_all(paths: set[Path], cache: Cache, progress: bool) -> dict[Path, li
             for path, fact in zip(chunk, threads.map(look, chunk)):
                 facts[path] = fact
                 bar.update()
-            cache.add_facts({keys[path]: facts[path] for path in chunk if not isinstance(facts[path], str)})
+            cache.add_facts({digests[path]: facts[path] for path in chunk if not isinstance(facts[path], str)})
     return facts
 
 

@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     add("--prompts-file", type=Path, metavar="FILE", help="a prompt a line, or a CSV with the columns id and caption")
     add("--checkpoint", type=Path, default=Path(__file__).parent / "small", metavar="FOLDER",
         help="default: the small model that comes with the code")
-    add("--rate", type=int, nargs="+", default=[16_000], metavar="HZ",
+    add("--rate", type=parse_rate, nargs="+", action="extend", metavar="HZ",
         help="after the texts: one or several of 16000 (default), 24000, 32000, 48000")
     add("--seconds", type=float, help="default: the length the model was trained on")
     add("--steps", type=int, default=200, help="of DDIM, 1 to 1000 (default: 200, the paper's)")
@@ -47,7 +47,15 @@ def parse() -> argparse.Namespace:
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     add("--compile", action="store_true",
         help="torch.compile the U-Net: starts minutes later; on the CPUs tried, steps were no faster")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.rate = list(dict.fromkeys(args.rate or [16_000]))             # each once
+    return args
+
+
+def parse_rate(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no rate; put the texts before --rate")
+    return int(text)
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
@@ -75,6 +83,8 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
             texts = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
+        if {"id", "caption"} <= {cell.strip() for cell in texts[0].split(",")}:
+            raise ValueError(f"{path}: a CSV; give it a name that ends in .csv")
         prompts = [(slug(text), text.strip()) for text in texts if text.strip()]
     if not prompts:
         raise ValueError(f"{path}: no prompts in it")
@@ -99,6 +109,8 @@ def pick_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
     for name, text in prompts:
         if not text.strip():
             raise ValueError("a prompt is empty; say what to hear")
+        if text.endswith((".txt", ".csv")) and os.path.isfile(text):
+            raise ValueError(f"{text} is a file; --prompts-file reads prompts from one")
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -147,7 +159,6 @@ def draw(wave: Tensor, rate: int, title: str, path: Path) -> None:
 
 def main() -> None:
     args = parse()
-    args.rate = list(dict.fromkeys(args.rate))           # each once
     for rate in args.rate:
         check_rate(rate)
     if args.batch < 1:
@@ -162,6 +173,8 @@ def main() -> None:
     if args.compile:
         model.unet.compile()
     args.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.out, os.W_OK):                 # rather now than after the first batch
+        raise ValueError(f"--out {args.out} can't be written to; name another folder")
     for rate in args.rate:
         for first in range(0, len(prompts), args.batch):
             batch = prompts[first:first + args.batch]

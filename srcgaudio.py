@@ -53,7 +53,7 @@ FRAMES_PER_SECOND = 100                                  # rate / hop, the same 
 
 def check_rate(rate: int) -> None:
     if rate not in RATES:
-        raise ValueError(f"there is no sampling rate {rate}; choose from {', '.join(map(str, RATES))} (Hz)")
+        raise ValueError(f"there is no sampling rate {rate!r}; choose from {', '.join(map(str, RATES))} (Hz)")
 
 
 def mel_filters(rate: int, n_fft: int, n_mels: int) -> Tensor:
@@ -521,6 +521,8 @@ PRESETS = {
 
 def load_part(cls: type[nn.Module], arguments: dict, path: Path, source: Path) -> nn.Module:
     """A module of the size that `source`, a config.json, names, with the weights of the file `path`."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such weight file; train.py makes it")
     return weights.build(cls, arguments, weights.read(path), path, sizes_source=source)
 
 

@@ -51,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import weights
-from data import Cache, Clip, digest, file_digest, find_clips, read_array, read_rows
+from data import Cache, Clip, digest, find_clips, read_array, read_rows
 from srcgaudio import (FRAMES_PER_SECOND, PRESETS, RATES, Config, NoiseSchedule, SRCgAudio, TextEncoder, autocast,
                        check_rate, check_widths, diffusion_loss, exit_cleanly, load_part, mel_spectrogram, pick_device,
                        pick_precision)
@@ -98,9 +98,9 @@ SETTINGS = {
     },
 }
 KL_WEIGHT = 3e-4                                         # of the KL against the L1, both means
-# Standard deviation of z_0.  At 1, z_T would still tell how loud the whole clip is, since alpha_bar_T is 0.005 and not
-# 0; sampling starts from noise that tells nothing, and all clips would come out equally loud.  The same as a schedule
-# whose signal-to-noise ratio is 11 times lower.
+# Standard deviation of z_0.  Since alpha_bar_T is 0.005 and not 0, z_T still tells something of z_0, at 1 nearly all of
+# how loud the whole clip is; but sampling starts from noise that tells nothing, and all clips would come out equally
+# loud.  At 0.3 it tells much less.  The same as a schedule whose signal-to-noise ratio is 11 times lower.
 LATENT_STD = 0.3
 NULL_CAPTIONS = 0.1                                      # share of captions emptied, for Eq. (4)
 EMA_DECAY = 0.999
@@ -158,7 +158,11 @@ class Run:
         job = job_of(name)
         sizes = {"vae": self.config.vae, "vocoder": self.config.vocoder,
                  "ldm": [self.config.unet, self.config.text_encoder]}[job]
-        same = {"the data": digest(self.train, self.val).hex(), "--any-rate": str(self.any_rate),
+        # By name alone: on another machine, or from another folder, the recordings have other paths.
+        data = [[(clip.path.name, clip.caption, clip.rate, clip.samples, clip.mean, clip.peak) for clip in clips]
+                for clips in (self.train, self.val)]
+        same = {"the data": digest(data).hex(), "--any-rate": str(self.any_rate),
+                "the start": self.start.resolve().name if self.start else "none",
                 "the rates": name if job == "vocoder" else str(self.rates), "the settings": str(self.settings[job]),
                 "the sizes": json.dumps([sizes, self.config.seconds]), "the seed": str(self.seed),
                 "the precision": str(self.precision)}
@@ -669,7 +673,8 @@ class TrainVAE:
         return vae_loss(mel, decoded, mean, logvar, KL_WEIGHT, self.flicker_weight)
 
     def validate(self) -> dict[str, float]:
-        """Log-mel L1 of encoding and decoding, the latent with the noise that the decoder is trained to meet."""
+        """Log-mel L1 of whole clips, decoded from the mean of q(z | mel), with the noise that DDIM leaves if the
+        decoder is trained on it."""
         losses, latents = {rate: [] for rate in self.run.rates}, []
         for (_, rate), mel in zip(tqdm(self.val_items, "validating", leave=False), self.run.mels(self.val_items)):
             mel = mel.to(self.run.device)                                                    # (1, T, 64)
@@ -939,8 +944,7 @@ class TrainLDM:
             texts = {caption: (int(start), int(size), unet.context_width)
                      for caption, (start, size) in zip(captions, places)}
         train, val = run.items(run.train), run.items(run.val)
-        files = {clip.path: file_digest(clip.path) for clip, _ in train + val}
-        keys = [digest("latent", vae_digest, run.precision, config.seconds, rate, files[clip.path])
+        keys = [digest("latent", vae_digest, run.precision, config.seconds, rate, clip.digest)
                 for clip, rate in train + val]
         places = self.find_or_compute(train + val, keys, run.mels, partial(self.encode_mel, vae), "latents")
         self.data = Latents(run, train, places[:len(train)], texts, scale_factor, rolled=settings.rolled)
@@ -1061,11 +1065,11 @@ def parse() -> argparse.Namespace:
              "with its audio if that is elsewhere; or, without ldm, a folder alone; several: --data for each")
     add("--val-data", type=Path, nargs="+", action="append", metavar="PATH",
         help="the same for validation; without it a tenth of the recordings is held out")
-    add("--blacklist", type=Path, nargs="+", default=[], metavar="FILE",
+    add("--blacklist", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
         help="WavCaps' lists of test clips, to be left out of --data")
     add("--checkpoint", required=True, type=Path, metavar="FOLDER", help="where the weights go")
     add("--preset", choices=list(PRESETS), help="sizes and settings (default: those of the checkpoint, else small)")
-    add("--rates", type=int, nargs="+", default=list(RATES), metavar="HZ", help="sampling rates (default: all four)")
+    add("--rates", type=int, nargs="+", action="extend", metavar="HZ", help="sampling rates (default: all four)")
     add("--no-rate-token", action="store_true", help="gAudio: a U-Net for one rate, which it is not told")
     add("--any-rate", action="store_true", help="train clips at rates above their own too, upsampled")
     add("--start-from", type=Path, metavar="FOLDER",
@@ -1092,6 +1096,7 @@ def parse() -> argparse.Namespace:
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     add("--workers", type=int, default=2, help="processes that read data, for each that trains (default: 2)")
     args = parser.parse_args()
+    args.rates = args.rates or list(RATES)
     args.cache = args.cache or args.checkpoint.parent / "cache"
     return args
 
@@ -1137,7 +1142,8 @@ def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[
     val = [clip for clip in train if clip.path in held_out]
     train = [clip for clip in train if clip.path not in held_out]
     if not train:
-        raise ValueError(f"{args.data[0][0]}: one clip is too few; validation holds out another")
+        raise ValueError(f"{args.data[0][0]}: one clip is too few; validation holds out another"
+                         + "".join(f" (left out: {line})" for line in left_out[:1]))
     return train, val, left_out
 
 
@@ -1152,8 +1158,11 @@ def find_outputs(args: argparse.Namespace) -> dict[str, str]:
     if "ldm" in args.jobs:
         outputs["ldm"] = "unet.pt"
     for name, file in outputs.items():
-        if (folder / file).exists() and not (folder / f"{name}_state.pt").exists() and not args.overwrite:
-            raise ValueError(f"{folder / file} exists; name another --checkpoint, or say --overwrite")
+        files = [file, file.replace("vocoder", "discriminators")]
+        files += ["text_encoder.pt"] * (name == "ldm" and args.train_text_encoder)
+        for path in (folder / file for file in files):
+            if path.exists() and not (folder / f"{name}_state.pt").exists() and not args.overwrite:
+                raise ValueError(f"{path} exists; name another --checkpoint, or say --overwrite")
         log = folder / f"{name}.csv"                     # the user's captions may have this name
         if log.is_file() and log.stat().st_size and not log.read_bytes().startswith(LOG_HEADER.encode()):
             raise ValueError(f"{log} is no log of losses, and this run would write one there; name another "

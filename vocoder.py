@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 import weights
 
 # Strides of the transposed convolutions at each rate.  Their product is the hop, rate / 100.  The kernels are the same
-# at every rate, so all four generators have the same tensors and one can start from another.
+# at every rate, so the tensors of all four generators have the same shapes, and one can start from another.
 STRIDES = {16_000: (5, 4, 2, 2, 2), 24_000: (5, 4, 3, 2, 2), 32_000: (5, 4, 4, 2, 2), 48_000: (6, 5, 4, 2, 2)}
 KERNELS = (16, 16, 8, 4, 4)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm, trange
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Clip, inspect
+from data import Clip, file_digest, inspect
 from srcgaudio import RATES, SRCgAudio, autocast, exit_cleanly, mel_spectrogram, pick_device
 from vocoder import mel_loss
 
@@ -161,7 +161,8 @@ class Recordings:
     """Real clips: mels by rate {rate: (N, T, 64)}, waves at 48 kHz, and the class of each (N,)."""
 
     def __init__(self, rows: list[dict], names: list[str], folder: Path, seconds: float, device: torch.device):
-        clips = [Clip(folder / row["path"], row["caption"], *inspect(folder / row["path"])) for row in rows]
+        clips = [Clip(path, row["caption"], *inspect(path), file_digest(path))
+                 for row in rows for path in [folder / row["path"]]]
         self.labels = torch.tensor([names.index(row["class"]) for row in rows], device=device)
         self.mels = {}
         for rate in RATES:                               # 48 kHz is the last

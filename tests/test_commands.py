@@ -214,6 +214,7 @@ def one_line(status: int, err: str, *parts: str) -> None:
 @pytest.mark.parametrize("arguments, parts", [
     ([], ["no prompt"]), (["a dog", " "], ["a prompt is empty"]),
     (["x", "--rate", "22050"], ["22050", "16000, 24000, 32000, 48000"]),
+    (["x", "--rate", "16000", "--rate", "22050"], ["22050"]), (["x", str(CAPTIONS)], ["is a file", "--prompts-file"]),
     (["x", "--steps", "0"], ["steps", "1 to 1000"]),
     (["x", "--steps", "2000"], ["steps", "1 to 1000"]),
     (["x", "--seconds", "0"], ["seconds", "0.1 to 60"]),
@@ -243,11 +244,24 @@ def test_sampling_mistakes(checkpoint, command, tmp_path, arguments, parts):
     ("f.csv", 'id,caption\n1,"rain\n2,wind\n', "quote"), ("h.csv", "id,caption\n1, \n", "no caption"),
     ("i.csv", "id,caption\n1,rain\n1,wind\n", "2 times"), ("j.json", '{"caption": "rain"}', "one a line in a .txt"),
     ("k.csv", "id,caption,caption\n1,rain,wind\n", "the column caption 2 times"),
+    ("l", "id, caption\n1, rain\n", "ends in .csv"),
 ])
 def test_bad_prompt_files(checkpoint, command, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content.encode("latin-1"))
     status, _, err = command("sample.py", "--prompts-file", tmp_path / name, "--checkpoint", checkpoint)
     one_line(status, err, name, message)
+
+
+def test_a_text_after_the_rates_is_named(command):
+    status, _, err = command("sample.py", "--rate", 48_000, "a dog barks")
+    assert status == 2 and err.splitlines()[-1].endswith("'a dog barks' is no rate; put the texts before --rate")
+
+
+def test_a_folder_that_can_not_be_written_to_is_named_first(checkpoint, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)        # for root, all can be
+    monkeypatch.setattr("srcgaudio.SRCgAudio.generate", None)
+    status, _, err = command("sample.py", "rain", "--checkpoint", checkpoint, "--out", tmp_path)
+    one_line(status, err, str(tmp_path), "name another folder")
 
 
 def test_an_output_that_exists_is_kept(checkpoint, command, tmp_path):
@@ -366,7 +380,8 @@ def test_training_names_a_bad_recording(command, tmp_path, kind, message):
     (["vae", "--accumulate", "3"], ["vae: a batch of 8", "3 equal parts"]),
     (["vae", "ldm", "--batch", "7", "--accumulate", "2"], ["a batch of 7", "2 equal parts"]),
     (["vae", "--save-minutes", "-1"], ["--save-minutes"]),
-    (["vae", "--blacklist", "not_there.json"], ["not_there.json"]),
+    (["vae", "--blacklist", "not_there.json", "--blacklist", __file__], ["not_there.json"]),
+    (["vae", "--rates", "22050", "--rates", "16000"], ["22050"]),
     (["vae", "--cache", __file__], ["test_commands.py is a file"]),
     (["vae", "--cache", "runs/a", "--checkpoint", "runs/a"], ["runs/a is the folder of the cache", "--cache"]),
 ])
@@ -385,6 +400,12 @@ def test_training_replaces_no_weights_unasked(checkpoint, command, tmp_path):
     status, _, err = command("train.py", "vae", "--data", few_clips(tmp_path), "--checkpoint", checkpoint,
                              "--overwrite")
     one_line(status, err, "unet.pt knows the latents", "vae ldm --overwrite")
+    for job, name, *more in (("vocoder", "discriminators_16000.pt"),
+                             ("ldm", "text_encoder.pt", "--train-text-encoder")):
+        (tmp_path / job).mkdir()
+        (tmp_path / job / name).write_text("precious")
+        status, _, err = command("train.py", job, "--data", few_clips(tmp_path), "--checkpoint", tmp_path / job, *more)
+        one_line(status, err, f"{name} exists", "--overwrite")
 
 
 def test_a_mistake_loses_and_leaves_nothing(checkpoint, command, tmp_path):

@@ -122,9 +122,14 @@ def test_long_files_are_read_in_blocks(tmp_path, monkeypatch, block, suffix):
 
 
 def test_a_clip_is_read_with_zero_mean_and_peak_half(tmp_path):
-    soundfile.write(tmp_path / "a.wav", (0.1 + 0.3 * tone(440, 16_000)).numpy(), 16_000)
-    wave = Clip(tmp_path / "a.wav", "", *inspect(tmp_path / "a.wav")).read(16_000, 0, 1)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, (0.1 + 0.3 * tone(440, 16_000)).numpy(), 16_000)
+    clip = Clip(path, "", *inspect(path), file_digest(path))
+    wave = clip.read(16_000, 0, 1)
     assert wave.mean().abs() < 1e-4 and wave.abs().max().item() == pytest.approx(0.5, abs=1e-3)
+    soundfile.write(path, tone(440, 48_000).numpy(), 48_000)       # by another program, while a training runs
+    with pytest.raises(ValueError, match="a.wav: changed since this run began"):
+        clip.read(16_000, 0, 1)
 
 
 def test_a_crop_is_a_part_of_the_whole(clips):
@@ -335,6 +340,13 @@ def test_a_blacklist_counts_for_every_kind_of_source(tmp_path, cache, source):
                                  blacklists=[tmp_path / "blacklist.json"])
     assert clips and all(clip.path.stem != "1-2-A-3" for clip in clips)
     assert f"{folder / '1-2-A-3.wav'}: on a blacklist of test clips" in left_out
+
+
+def test_a_space_may_follow_a_comma(tmp_path, cache):
+    write(tmp_path / "a.wav", np.sin(np.arange(1000)))
+    (tmp_path / "a.csv").write_text('path, caption\na.wav, "a dog, and rain"\n')
+    clips, _ = find_clips([[tmp_path / "a.csv"]], cache)
+    assert [clip.caption for clip in clips] == ["a dog, and rain"]
 
 
 def test_files_of_one_name_are_not_guessed(tmp_path, cache):

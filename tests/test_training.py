@@ -261,6 +261,24 @@ def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, comman
     one_line(status, err, "--tokenizer-captions", str(tmp_path / "run"))
 
 
+def test_a_stopped_run_goes_on_from_another_folder_but_not_from_another_start(start, command, tmp_path, monkeypatch,
+                                                                            checkpoint):
+    arguments = start("vae", tmp_path / "run")
+    with monkeypatch.context() as stopping:
+        stopping.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
+        assert command(*arguments)[0] == 130
+    another = shutil.copytree(checkpoint, tmp_path / "another")
+    status, _, err = command(*arguments, "--start-from", another)
+    one_line(status, err, "vae_state.pt", "the start")
+    recordings = shutil.copytree(CAPTIONS.parent, tmp_path / "moved")
+    with open(few_clips(tmp_path), newline="") as file:
+        rows = [f"{recordings / Path(row['path']).name},{row['caption']}" for row in csv.DictReader(file)]
+    (tmp_path / "moved.csv").write_text("\n".join(["path,caption", *rows]))
+    arguments[arguments.index("--data") + 1] = tmp_path / "moved.csv"
+    status, out, err = command(*arguments)
+    assert status == 0 and "vae goes on from step" in out + err, err
+
+
 def test_tokens_of_other_captions_are_not_gone_on_with(start, command, tmp_path, monkeypatch, checkpoint):
     """A text encoder trained along has learnt what each token stands for."""
     folder = shutil.copytree(checkpoint, tmp_path / "start")
