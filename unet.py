@@ -205,8 +205,8 @@ class UNet(nn.Module):
     cross_attention: which levels attend to c, from the full latent resolution down; the others have no transformer,
         and the middle without one has one residual block instead of two, as in diffusers.  The default is Stable
         Diffusion's placement, which the paper's parameter count bears out; the paper's words, "the last three
-        encoder blocks and the first three decoder blocks", are (False, True, True, True): 724.7 M, or 658.1 M if the
-        middle block is one residual block alone.
+        encoder blocks and the first three decoder blocks", are (False, True, True, True): 724.7 M, and without
+        attention in the middle 658.1 M.
     cross_attention_middle: whether it does.
     context_width: d, the width of the text embedding and of the condition's tokens.
     tokens: which scalars become tokens of c.  SRC-gAudio ("time", "rate"), gAudio ("time",), Tango ().
