@@ -40,7 +40,8 @@ LARGEST_CAPTIONS = 2 ** 30                               # bytes of a JSON file
 
 @dataclass(frozen=True)
 class Clip:
-    """One recording.  mean and peak are those of its mono wave: what brings it to zero mean and a peak of 0.5."""
+    """One recording.  mean: of its mono wave; peak: the largest distance from that.  They bring it to zero mean and a
+    peak of 0.5."""
 
     path: Path
     caption: str

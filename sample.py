@@ -20,7 +20,7 @@ from torch import Tensor
 
 import weights
 from data import by_column, read_csv
-from srcgaudio import RATES, SRCgAudio, check_rate, exit_cleanly, mel_spectrogram, pick_device
+from srcgaudio import RATES, SRCgAudio, exit_cleanly, mel_spectrogram, pick_device
 
 
 def parse() -> argparse.Namespace:
@@ -159,8 +159,6 @@ def draw(wave: Tensor, rate: int, title: str, path: Path) -> None:
 
 def main() -> None:
     args = parse()
-    for rate in args.rate:
-        check_rate(rate)
     if args.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
     if args.spectrogram and importlib.util.find_spec("matplotlib") is None:

@@ -358,7 +358,7 @@ class TextEncoder(nn.Module):
         return encoder
 
     @classmethod
-    def published(cls, path: str | Path) -> tuple[dict, weights.Weights, Path, weights.Names]:
+    def published(cls, path: str | Path) -> weights.Published:
         """What `weights.build` takes to make the text encoder of a published file."""
         path = Path(path)
         tensors = {name: tensor for name, tensor in weights.under(weights.read(path), "text_encoder.", "").items()
@@ -409,62 +409,6 @@ def read_tokenizer(path: str | Path, vocabulary: int) -> sentencepiece.SentenceP
         raise ValueError(f"{path}: not this text encoder's, which has at most {vocabulary} tokens, "
                          f"padding first and </s> second")
     return tokenizer
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Devices, precision and errors
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one.  Raises ValueError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()             # a meta device holds no numbers
-    except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(f"there is no device {name!r} here; try --device cpu") from None
-    return device
-
-
-def pick_precision(device: torch.device, name: str = "auto") -> torch.dtype:
-    """"bf16", "fp32", or "auto": bfloat16 where a GPU or an x86 processor multiplies it in hardware, else float32."""
-    if name not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"precision must be auto, bf16 or fp32, got {name!r}")
-    if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    if name == "auto":
-        cpu = torch.cpu.get_capabilities()
-        return torch.bfloat16 if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else torch.float32
-    return torch.bfloat16 if name == "bf16" else torch.float32
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """In here networks compute in `precision`; their weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
-
-
-def exit_cleanly(main) -> None:
-    """Run a command: a user's mistake ends in one line on stderr and status 2, Ctrl-C in status 130."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):               # a notebook's is no file
-            stream.reconfigure(errors="backslashreplace")         # a prompt may have characters that the terminal lacks
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was finished before is kept", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[-1]     # a worker's comes with its traceback
-        print(f"error: {line.removeprefix('ValueError: ')}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:         # torch has a class of its own for a GPU's memory alone
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not full:
-            raise
-        print("error: the memory is full; a smaller --batch takes less, and train.py has --accumulate", file=sys.stderr)
-        sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -696,3 +640,59 @@ class SRCgAudio:
             z_0 = self.schedule.ddim(predict_noise, z_T, steps, progress)
         with autocast(self.device, self.precision):
             return self.vae.decode(z_0 / self.vae.scale_factor)                   # (B, T, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices, precision and errors
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one.  Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()             # a meta device holds no numbers
+    except (RuntimeError, AssertionError, ImportError):
+        raise ValueError(f"there is no device {name!r} here; try --device cpu") from None
+    return device
+
+
+def pick_precision(device: torch.device, name: str = "auto") -> torch.dtype:
+    """"bf16", "fp32", or "auto": bfloat16 where a GPU or an x86 processor multiplies it in hardware, else float32."""
+    if name not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision must be auto, bf16 or fp32, got {name!r}")
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    if name == "auto":
+        cpu = torch.cpu.get_capabilities()
+        return torch.bfloat16 if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else torch.float32
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """In here networks compute in `precision`; their weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+def exit_cleanly(main) -> None:
+    """Run a command: a user's mistake ends in one line on stderr and status 2, Ctrl-C in status 130."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):               # a notebook's is no file
+            stream.reconfigure(errors="backslashreplace")         # a prompt may have characters that the terminal lacks
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished before is kept", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[-1]     # a worker's comes with its traceback
+        print(f"error: {line.removeprefix('ValueError: ')}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:         # torch has a class of its own for a GPU's memory alone
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        print("error: the memory is full; a smaller --batch takes less, and train.py has --accumulate", file=sys.stderr)
+        sys.exit(2)

@@ -10,8 +10,10 @@ writes its losses to JOB.csv.
 The paper takes AudioLDM's VAE as it is, trains HiFi-GANs, and the LDM on Eq. (3).  Not the paper's but ours, so that
 small networks learn from a few hundred recordings: Muon, the whitened starts (`whiten_patches`, `whiten`), detail and
 flicker in the VAE's loss, its latents' deviation of 0.3 and a decoder trained on DDIM's noise, vocoders without
-discriminators, the balanced loss and rolled clips.  Of these the preset paper has the VAE's alone, should one be
-trained.
+discriminators, the balanced loss and rolled clips.  The preset paper has those of the VAE alone, should one be trained.
+
+The paper's part is the section on the latent diffusion model: `Latents`, `Objective`, `TrainLDM`.  Before it stand the
+loop of every job, the VAE and the vocoders; after it the command line.
 
 Every random draw is a function of --seed, the epoch and the item.  So a run that was stopped, by kill -9 even, goes on
 from its last state as if it had never stopped, and how a batch is split over processes changes nothing but rounding.
@@ -90,7 +92,7 @@ SETTINGS = {
         "ldm": Settings(epochs=18, batch=16, lr=1e-3, muon=True, balanced=True, rolled=True),
     },
     # LDM: epochs of III-B, learning rate and linear decay of Tango's published training command.  Vocoder: batch and
-    # rate of HiFi-GAN V1, whose crops of 8192 samples at 22 kHz are 0.37 s long.  The rest is our choice.
+    # learning rate of HiFi-GAN V1, whose crops of 8192 samples at 22 kHz are 0.37 s long.  The rest is our choice.
     "paper": {
         "vae": Settings(epochs=40, batch=16, lr=5e-5, frames=512),
         "vocoder": Settings(epochs=40, batch=16, lr=2e-4, frames=40, discriminators=(32, 128)),
@@ -719,6 +721,9 @@ def whiten(conv: Conv1d, mels: Tensor) -> None:
 
 
 class TrainVocoder:
+    """The generator computes in float32, as in SRCgAudio.generate: in bfloat16 it learns to make up for rounding noise,
+    and without that noise is too quiet.  The discriminators compute in the run's precision."""
+
     collate = None
     identity = {}
 
@@ -741,8 +746,7 @@ class TrainVocoder:
         self.kept = {"network": self.network, "ema": self.ema.network, "optimizer": self.optimizer}
         self.distributed = distribute(self.network)
         if self.discriminators:
-            self.optimizer_d = torch.optim.AdamW(self.discriminators.parameters(), settings.lr, betas=(0.8, 0.99),
-                                                 fused=True)
+            self.optimizer_d = make_optimizer(self.discriminators, settings, betas=(0.8, 0.99))
             self.kept |= {"discriminators": self.discriminators, "optimizer_d": self.optimizer_d}
             self.distributed_d = distribute(self.discriminators)
 
@@ -771,8 +775,7 @@ class TrainVocoder:
 
     def spectral_losses(self, wave: Tensor) -> dict[str, Tensor]:
         mel = mel_spectrogram(wave, self.rate)                                               # (B, L / hop, 64)
-        with autocast(self.run.device, self.run.precision):
-            generated = self.distributed(mel)                                                # (B, L)
+        generated = self.distributed(mel)                                                    # (B, L)
         mel_generated = mel_spectrogram(generated, self.rate)
         of_mel = mel_loss(mel, mel_generated)
         # A tone that stands out from the bands beside it adds little to the L1, so what stands out counts once more.
@@ -787,16 +790,16 @@ class TrainVocoder:
 
     def discriminator_losses(self, wave: Tensor) -> dict[str, Tensor]:
         mel = mel_spectrogram(wave, self.rate)                                               # (B, L / hop, 64)
+        with torch.no_grad():
+            generated = self.network(mel)                                                    # (B, L)
         with autocast(self.run.device, self.run.precision):
-            with torch.no_grad():
-                generated = self.network(mel)                                                # (B, L)
             real, fake = self.distributed_d(wave, generated)
             return {"loss": discriminator_loss(real, fake)}
 
     def generator_losses(self, wave: Tensor) -> dict[str, Tensor]:
         mel = mel_spectrogram(wave, self.rate)                                               # (B, L / hop, 64)
+        generated = self.distributed(mel)                                                    # (B, L)
         with autocast(self.run.device, self.run.precision):
-            generated = self.distributed(mel)                                                # (B, L)
             real, fake = self.discriminators(wave, generated)
         mel_generated = mel_spectrogram(generated, self.rate)
         return {"loss": generator_loss(real, fake, mel, mel_generated), "mel": mel_loss(mel, mel_generated)}
@@ -887,9 +890,11 @@ def blind_loss(alpha_bar: Tensor, std: float) -> Tensor:
     return signal / (signal + 1 - alpha_bar)
 
 
-class Denoiser(nn.Module):
-    """What the LDM's job trains: the U-Net and, if it is trained along, the text encoder.  std: of z_0, if all t are to
-    count alike."""
+class Objective(nn.Module):
+    """Eq. (3) as a module that holds all that is trained: the U-Net and, if it is trained along, the text encoder.
+
+    std: of z_0, if all t are to count alike.
+    """
 
     def __init__(self, unet: UNet, text_encoder: TextEncoder | None, std: float | None):
         super().__init__()
@@ -904,7 +909,7 @@ class Denoiser(nn.Module):
 
 class TrainLDM:
     """clip -> `WholeClips`: mel -> `VAE.encode`: mean, logvar, kept in the cache -> `Latents`: z_0, eps, t, and psi(P)
-    or, with probability 0.1, psi("") -> `Denoiser`: `diffusion_loss`, Eq. (3)."""
+    or, with probability 0.1, psi("") -> `Objective`: `diffusion_loss`, Eq. (3)."""
 
     collate = staticmethod(Latents.collate)
 
@@ -919,7 +924,7 @@ class TrainLDM:
         # z_0's standard deviation.  The channels of a VAE trained here have 1 before the factor, so it is the factor
         # (`weights.py halve` rounds that); AudioLDM's factor brings it to 1.
         std = LATENT_STD if math.isclose(scale_factor, LATENT_STD, rel_tol=1e-3) else 1.0
-        self.network = Denoiser(unet, self.text_encoder if run.train_text_encoder else None,
+        self.network = Objective(unet, self.text_encoder if run.train_text_encoder else None,
                                 std if settings.balanced else None)
         self.network.to(run.device, memory_format=torch.channels_last).train()
         self.ema = Ema(self.network)
@@ -1096,7 +1101,7 @@ def parse() -> argparse.Namespace:
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     add("--workers", type=int, default=2, help="processes that read data, for each that trains (default: 2)")
     args = parser.parse_args()
-    args.rates = args.rates or list(RATES)
+    args.rates = sorted(set(args.rates or RATES))        # each once
     args.cache = args.cache or args.checkpoint.parent / "cache"
     return args
 
@@ -1121,7 +1126,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         for name in names:
             if job not in args.jobs and getattr(args, name):
                 raise ValueError(f"--{name.replace('_', '-')} is for the job {job}, which is not asked for")
-    if args.no_rate_token and len(set(args.rates)) > 1:
+    if args.no_rate_token and len(args.rates) > 1:
         raise ValueError("--no-rate-token is for one rate; name it with --rates")
     if args.decoder_only and not find_file("vae.pt", args.start_from):
         raise ValueError("--decoder-only goes on from a trained VAE; name its folder with --start-from")
@@ -1148,8 +1153,8 @@ def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[
 
 
 def find_outputs(args: argparse.Namespace) -> dict[str, str]:
-    """The file of weights that each training, named as in `fit`, will write.  Raises ValueError where that would be a
-    loss."""
+    """The file of weights that each training, named as in `fit`, will write.  Raises ValueError where that would
+    replace what is there unasked, or leave a U-Net without its VAE."""
     folder, outputs = args.checkpoint, {}
     if "vae" in args.jobs:
         outputs["vae"] = "vae.pt"
@@ -1215,7 +1220,7 @@ def pick_config(args: argparse.Namespace) -> Config:
     if args.no_rate_token:
         tokens = [name for name in config.unet.get("tokens", ["time", "rate"]) if name != "rate"]
         config = replace(config, unet=config.unet | {"tokens": tokens})
-    if "ldm" in args.jobs and len(set(args.rates)) > 1 and "rate" not in config.unet.get("tokens", ["rate"]):
+    if "ldm" in args.jobs and len(args.rates) > 1 and "rate" not in config.unet.get("tokens", ["rate"]):
         raise ValueError(f"the U-Net of {source} is not told the rate, so it can learn one alone; name it with "
                          f"--rates, or start from one that has the token (weights.py import --add-tokens)")
     if source == args.checkpoint and config != SRCgAudio.load_config(source) and (source / "unet.pt").exists():
@@ -1316,7 +1321,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     settings = pick_settings(args, config)
     cache = Cache(args.cache)
     train, val, left_out = find_data(args, cache)
-    run = Run(folder=folder, config=config, settings=settings, train=train, val=val, rates=sorted(set(args.rates)),
+    run = Run(folder=folder, config=config, settings=settings, train=train, val=val, rates=args.rates,
               any_rate=args.any_rate, start=args.start_from, decoder_only=args.decoder_only,
               train_text_encoder=args.train_text_encoder, tokenizer=make_tokenizer(args, config, train), seed=args.seed,
               device=device, precision=pick_precision(device, args.precision), workers=args.workers, cache=cache,

@@ -83,12 +83,10 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        def split(h: Tensor) -> Tensor:
-            return h.unflatten(2, (self.heads, -1)).transpose(1, 2)               # (B, heads, tokens, C / heads)
-
+        q, k, v = (h.unflatten(2, (self.heads, -1)).transpose(1, 2)               # (B, heads, tokens, C / heads)
+                   for h in (self.to_q(x), self.to_k(context), self.to_v(context)))
         if mask is not None:
             mask = mask[:, None, None, :]                                         # (B, 1, 1, N), True: attend
-        q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)               # (B, heads, M, C / heads)
         return self.to_out(h.transpose(1, 2).flatten(2))                          # (B, M, C)
 
@@ -133,16 +131,14 @@ class Transformer(nn.Module):
 class DownBlock(nn.Module):
     """An encoder block.  Leaves each of its outputs in `skips`, and ends in half the size unless it is the last.
 
-    channels: (in, out) of each residual block; each is followed by a transformer where there are heads.
+    c_ins: channels that each residual block takes; each gives c_out, and a transformer follows where there are heads.
     """
 
-    def __init__(self, channels: list[tuple[int, int]], heads: int, context_width: int, time_width: int, groups: int,
+    def __init__(self, c_ins: list[int], c_out: int, heads: int, context_width: int, time_width: int, groups: int,
                  last: bool):
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(c_in, c_out, time_width, groups) for c_in, c_out in channels)
-        self.attentions = nn.ModuleList(
-            Transformer(c_out, heads, context_width, groups) for _, c_out in channels if heads)
-        c_out = channels[-1][1]
+        self.resnets = nn.ModuleList(ResBlock(c_in, c_out, time_width, groups) for c_in in c_ins)
+        self.attentions = nn.ModuleList(Transformer(c_out, heads, context_width, groups) for _ in c_ins if heads)
         self.downsample = None if last else nn.Conv2d(c_out, c_out, 3, stride=2, padding=1)
 
     def forward(self, h: Tensor, skips: list[Tensor], time: Tensor, c: Tensor, c_mask: Tensor) -> Tensor:
@@ -167,24 +163,22 @@ class MiddleBlock(nn.Module):
 
     def forward(self, h: Tensor, time: Tensor, c: Tensor, c_mask: Tensor) -> Tensor:
         h = self.resnets[0](h, time)
-        for attention, resnet in zip(self.attentions, self.resnets[1:]):
-            h = resnet(attention(h, c, c_mask), time)
+        if self.attentions:
+            h = self.resnets[1](self.attentions[0](h, c, c_mask), time)
         return h
 
 
 class UpBlock(nn.Module):
     """A decoder block.  Takes back what the encoder left in `skips`, and ends in twice the size unless it is the last.
 
-    channels: (in, out) of each residual block; each is followed by a transformer where there are heads.
+    c_ins: channels that each residual block takes; each gives c_out, and a transformer follows where there are heads.
     """
 
-    def __init__(self, channels: list[tuple[int, int]], heads: int, context_width: int, time_width: int, groups: int,
+    def __init__(self, c_ins: list[int], c_out: int, heads: int, context_width: int, time_width: int, groups: int,
                  last: bool):
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(c_in, c_out, time_width, groups) for c_in, c_out in channels)
-        self.attentions = nn.ModuleList(
-            Transformer(c_out, heads, context_width, groups) for _, c_out in channels if heads)
-        c_out = channels[-1][1]
+        self.resnets = nn.ModuleList(ResBlock(c_in, c_out, time_width, groups) for c_in in c_ins)
+        self.attentions = nn.ModuleList(Transformer(c_out, heads, context_width, groups) for _ in c_ins if heads)
         self.upsample = None if last else nn.Conv2d(c_out, c_out, 3, padding=1)
 
     def forward(self, h: Tensor, skips: list[Tensor], time: Tensor, c: Tensor, c_mask: Tensor) -> Tensor:
@@ -202,12 +196,11 @@ class UNet(nn.Module):
 
     widths: channels of the encoder blocks; the decoder has them in reverse.  Multiples of 32.
     heads: attention heads at each of these levels; the last number is the middle block's too.
-    cross_attention: which levels attend to c, from the full latent resolution down; the others have no transformer,
-        and the middle without one has one residual block instead of two, as in diffusers.  The default is Stable
-        Diffusion's placement, which the paper's parameter count bears out; the paper's words, "the last three
-        encoder blocks and the first three decoder blocks", are (False, True, True, True): 724.7 M, and without
-        attention in the middle 658.1 M.
-    cross_attention_middle: whether it does.
+    cross_attention: which levels attend to c, from the full latent resolution down; the others have no transformer.
+        The default is Stable Diffusion's placement, which the paper's parameter count bears out; the paper's words,
+        "the last three encoder blocks and the first three decoder blocks", are (False, True, True, True): 724.7 M,
+        and without attention in the middle 658.1 M.
+    cross_attention_middle: whether the middle block does; if not, it is one residual block, as in diffusers.
     context_width: d, the width of the text embedding and of the condition's tokens.
     tokens: which scalars become tokens of c.  SRC-gAudio ("time", "rate"), gAudio ("time",), Tango ().
     blocks: residual blocks of an encoder block (a decoder block has one more).
@@ -253,9 +246,9 @@ class UNet(nn.Module):
         skip_channels = [widths[0]]                      # in the order of `skips` in forward
         c_in = widths[0]
         for level, width in enumerate(widths):
-            channels = [(c_in if i == 0 else width, width) for i in range(blocks)]
+            c_ins = [c_in if i == 0 else width for i in range(blocks)]
             last = level == levels - 1
-            self.down_blocks.append(DownBlock(channels, heads_at[level], context_width, time_width, groups, last))
+            self.down_blocks.append(DownBlock(c_ins, width, heads_at[level], context_width, time_width, groups, last))
             skip_channels += [width] * (blocks if last else blocks + 1)
             c_in = width
 
@@ -264,9 +257,9 @@ class UNet(nn.Module):
 
         self.up_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
-            channels = [((c_in if i == 0 else width) + skip_channels.pop(), width) for i in range(blocks + 1)]
+            c_ins = [(c_in if i == 0 else width) + skip_channels.pop() for i in range(blocks + 1)]
             self.up_blocks.append(
-                UpBlock(channels, heads_at[level], context_width, time_width, groups, last=level == 0))
+                UpBlock(c_ins, width, heads_at[level], context_width, time_width, groups, last=level == 0))
             c_in = width
 
         self.conv_norm_out = nn.GroupNorm(groups, widths[0])
@@ -282,7 +275,7 @@ class UNet(nn.Module):
         tokens = []
         if self.time_token is not None:
             tokens.append(self.time_token(sinusoid(t, self.context_width))[:, None])             # (B, 1, d)
-        if self.rate_token is not None:                  # in kHz; in Hz most sinusoids would turn between two rates
+        if self.rate_token is not None:                  # in kHz: in Hz most sinusoids pass whole periods between rates
             tokens.append(self.rate_token(sinusoid(rate / 1000, self.context_width))[:, None])   # (B, 1, d)
         c = torch.cat([text, *tokens], dim=1)                                                    # (B, N + 2, d)
         return c, F.pad(text_mask, (0, len(tokens)), value=True)                                 # (B, N + 2)
@@ -312,8 +305,7 @@ class UNet(nn.Module):
         return weights.build(cls, *cls.published(path, add_tokens))
 
     @classmethod
-    def published(cls, path: str | Path, add_tokens: tuple[str, ...] = (),
-                  ) -> tuple[dict, weights.Weights, Path, weights.Names]:
+    def published(cls, path: str | Path, add_tokens: tuple[str, ...] = ()) -> weights.Published:
         """What `weights.build` takes to make the U-Net of a published file."""
         path = Path(path)
         everything = weights.read(path)

@@ -128,13 +128,11 @@ class DownLevel(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+        self.block = nn.Sequential(*(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks)))
         self.downsample = nn.Identity() if last else Downsample(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return self.downsample(x)
+        return self.downsample(self.block(x))
 
 
 class UpLevel(nn.Module):
@@ -142,13 +140,11 @@ class UpLevel(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+        self.block = nn.Sequential(*(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks)))
         self.upsample = nn.Identity() if last else Upsample(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return self.upsample(x)
+        return self.upsample(self.block(x))
 
 
 class Encoder(nn.Module):
@@ -157,18 +153,16 @@ class Encoder(nn.Module):
     def __init__(self, widths: tuple[int, ...], blocks: int, groups: int, latent: int):
         super().__init__()
         self.conv_in = nn.Conv2d(1, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
+        self.down = nn.Sequential(*(
             DownLevel(widths[max(i - 1, 0)], width, blocks, groups, last=i == len(widths) - 1)
-            for i, width in enumerate(widths))
+            for i, width in enumerate(widths)))
         self.mid = Middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        h = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -230,7 +224,8 @@ class VAE(nn.Module):
     def forward(self, mel: Tensor, eps: Tensor, ddim_noise: float) -> tuple[Tensor, Tensor, Tensor]:
         """What training takes: mel (B, T, 64) and standard normal noise (B, 8, T/4, 16) -> decoded, mean, logvar.
 
-        ddim_noise: standard deviation of further noise, as much as DDIM leaves in z_0; 0 unless --decoder-only.
+        ddim_noise: standard deviation of further noise, what DDIM leaves in z_0 over scale_factor; 0 unless
+            --decoder-only.
         """
         mean, logvar = self.encode(mel)
         logvar_of_both = torch.log(logvar.exp() + ddim_noise ** 2)                # independent noises' variances add
@@ -258,7 +253,7 @@ class VAE(nn.Module):
         return weights.build(cls, *cls.published(path))
 
     @classmethod
-    def published(cls, path: str | Path) -> tuple[dict, weights.Weights, Path, weights.Names]:
+    def published(cls, path: str | Path) -> weights.Published:
         """What `weights.build` takes to make the VAE of a published file."""
         path, groups = Path(path), 32
         if path.is_dir():

@@ -35,6 +35,7 @@ DISCRIMINATOR_NAMES = [
 ]
 
 Features = list[Tensor]                                  # what the layers of one discriminator computed
+Judged = list[tuple[Tensor, Features]]                   # score and features of each discriminator
 
 
 class Conv1d(nn.Conv1d):
@@ -123,8 +124,7 @@ class Generator(nn.Module):
         return weights.build(cls, *cls.published(path, strides))
 
     @classmethod
-    def published(cls, path: str | Path,
-                  strides: tuple[int, ...]) -> tuple[dict, weights.Weights, Path, weights.Names]:
+    def published(cls, path: str | Path, strides: tuple[int, ...]) -> weights.Published:
         """What `weights.build` takes to make the generator of a published file."""
         path = Path(path)
         tensors = weights.under(weights.read(path), "generator.", "state_dict.first_stage_model.vocoder.", "vocoder.",
@@ -180,7 +180,7 @@ class MultiPeriodDiscriminator(nn.Module):
         super().__init__()
         self.discriminators = nn.ModuleList(PeriodDiscriminator(period, channels) for period in (2, 3, 5, 7, 11))
 
-    def forward(self, wave: Tensor) -> list[tuple[Tensor, Features]]:
+    def forward(self, wave: Tensor) -> Judged:
         return [discriminator(wave) for discriminator in self.discriminators]
 
 
@@ -216,7 +216,7 @@ class MultiScaleDiscriminator(nn.Module):
         norms = [spectral_norm, weight_norm, weight_norm]
         self.discriminators = nn.ModuleList(ScaleDiscriminator(channels, norm) for norm in norms)
 
-    def forward(self, wave: Tensor) -> list[tuple[Tensor, Features]]:
+    def forward(self, wave: Tensor) -> Judged:
         judged = []
         for i, discriminator in enumerate(self.discriminators):
             if i > 0:
@@ -232,7 +232,7 @@ class Discriminators(nn.Module):
         super().__init__()
         self.mpd, self.msd = MultiPeriodDiscriminator(mpd_channels), MultiScaleDiscriminator(msd_channels)
 
-    def forward(self, *waves: Tensor) -> list[list[tuple[Tensor, Features]]]:
+    def forward(self, *waves: Tensor) -> list[Judged]:
         """Score and features of each discriminator, for each of the waves (B, L)."""
         return [self.mpd(wave) + self.msd(wave) for wave in waves]
 
@@ -248,18 +248,18 @@ class Discriminators(nn.Module):
         return weights.build(cls, sizes, tensors, path, DISCRIMINATOR_NAMES).train()
 
 
-def discriminator_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]]) -> Tensor:
+def discriminator_loss(real: Judged, generated: Judged) -> Tensor:
     """Least squares: real waves should score 1, generated ones 0 (HiFi-GAN, Eq. 1, summed as in Eq. 8)."""
     return sum((1 - score_real).square().mean() + score_generated.square().mean()
                for (score_real, _), (score_generated, _) in zip(real, generated))
 
 
-def adversarial_loss(generated: list[tuple[Tensor, Features]]) -> Tensor:
+def adversarial_loss(generated: Judged) -> Tensor:
     """Least squares: generated waves should score 1 (HiFi-GAN, Eq. 2, summed as in Eq. 7)."""
     return sum((1 - score).square().mean() for score, _ in generated)
 
 
-def feature_matching_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]]) -> Tensor:
+def feature_matching_loss(real: Judged, generated: Judged) -> Tensor:
     """L1 between what the discriminators' layers compute from a real and from a generated wave (HiFi-GAN, Eq. 4)."""
     return sum((a.detach().float() - b.float()).abs().mean()
                for (_, features_real), (_, features_generated) in zip(real, generated)
@@ -271,8 +271,7 @@ def mel_loss(mel_real: Tensor, mel_generated: Tensor) -> Tensor:
     return (mel_real - mel_generated).abs().mean()
 
 
-def generator_loss(real: list[tuple[Tensor, Features]], generated: list[tuple[Tensor, Features]],
-                   mel_real: Tensor, mel_generated: Tensor) -> Tensor:
+def generator_loss(real: Judged, generated: Judged, mel_real: Tensor, mel_generated: Tensor) -> Tensor:
     """HiFi-GAN, Eq. 7, with its weights 2 and 45."""
     return (adversarial_loss(generated) + 2 * feature_matching_loss(real, generated)
             + 45 * mel_loss(mel_real, mel_generated))

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
 Names = list[tuple[str, str]]                            # published name -> ours, see `rename`
+Published = tuple[dict, Weights, Path, Names]            # sizes, tensors, their source, names: what `build` takes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -205,7 +206,7 @@ def check_config(config: dict, expected: dict, path: Path) -> None:
 
 
 def under(weights: Weights, *prefixes: str) -> Weights:
-    """The entries whose names start with the first of `prefixes` that any starts with, without it."""
+    """The entries under the first of `prefixes` that any name starts with, that prefix taken off.  "" takes all."""
     for prefix in prefixes:
         found = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
         if found:
@@ -270,7 +271,7 @@ def shape_of(weights: Weights, name: str, dimensions: int, source: str | Path) -
 
 
 def check(module: nn.Module, weights: Weights, source: str | Path, names: Names = ()) -> Weights:
-    """The module's tensors under the names they have in `weights`, which `names` leads from.
+    """The module's own tensors, by the names that `weights` should have for them, which `names` renames to ours.
 
     Raises ValueError naming `source` and the first tensor that is missing, unknown or of another shape.
     """

@@ -107,6 +107,14 @@ def test_processes_and_parts_share_each_batch(monkeypatch):
     assert sorted(taken) == sorted(plan.batch(3))
 
 
+def test_a_vocoder_is_trained_in_float32_as_it_generates(make, monkeypatch):
+    job, computed = make("vocoder", "--precision", "bf16"), []
+    job.network.conv_pre.register_forward_hook(lambda *_: computed.append(torch.is_autocast_enabled("cpu")))
+    job.discriminators.mpd.register_forward_hook(lambda *_: computed.append(torch.is_autocast_enabled("cpu")))
+    job.step([torch.stack(job.data.sample())])
+    assert computed == [False, True, True, False, True, True]          # the discriminators' step, the generator's
+
+
 def test_a_vocoder_learns_without_discriminators(start, command, tmp_path, monkeypatch):
     monkeypatch.setattr("train.LOG_EVERY", 1)
     settings = replace(train.SETTINGS["tiny"]["vocoder"], discriminators=None, muon=True)
@@ -234,7 +242,7 @@ def test_a_balanced_loss_is_one_at_every_t_for_a_blind_guess():
     times = torch.tensor([0, 30, 300, 900, 999])
     z_0, eps = train.LATENT_STD * torch.randn(5, 8, 256, 16), torch.randn(5, 8, 256, 16)
     inputs = z_0, eps, times, torch.full((5,), 16_000), torch.zeros(5, 1, 4), torch.ones(5, 1)
-    plain, balanced = (train.Denoiser(BlindGuess(), None, std)(*inputs) for std in (None, train.LATENT_STD))
+    plain, balanced = (train.Objective(BlindGuess(), None, std)(*inputs) for std in (None, train.LATENT_STD))
     assert torch.allclose(balanced, torch.ones(5), rtol=0.03) and plain[0] > 0.9 and plain[-1] < 1e-3
 
 
