@@ -1163,9 +1163,10 @@ def find_outputs(args: argparse.Namespace) -> dict[str, str]:
     if "ldm" in args.jobs:
         outputs["ldm"] = "unet.pt"
     for name, file in outputs.items():
-        files = [file, file.replace("vocoder", "discriminators")]
-        files += ["text_encoder.pt"] * (name == "ldm" and args.train_text_encoder)
-        for path in (folder / file for file in files):
+        written = [file, file.replace("vocoder", "discriminators")]
+        if name == "ldm" and args.train_text_encoder:
+            written.append("text_encoder.pt")
+        for path in (folder / part for part in written):
             if path.exists() and not (folder / f"{name}_state.pt").exists() and not args.overwrite:
                 raise ValueError(f"{path} exists; name another --checkpoint, or say --overwrite")
         log = folder / f"{name}.csv"                     # the user's captions may have this name
