@@ -167,7 +167,7 @@ def test_paths_are_relative_to_the_csv_or_to_the_folder_that_is_named(clips, cac
     elsewhere = tmp_path / "clips.csv"
     elsewhere.write_bytes(CAPTIONS.read_bytes())
     assert find_clips([[elsewhere, CAPTIONS.parent]], cache) == (clips, [])
-    with pytest.raises(ValueError, match="no clips to use; 20 left out"):
+    with pytest.raises(ValueError, match="no clips to use .* 20 left out"):
         find_clips([[elsewhere]], cache)
 
 
