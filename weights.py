@@ -302,9 +302,9 @@ def skeleton(module_class, arguments: dict, source: str | Path, most: int = 1000
     Raises ValueError naming `source`, which holds the arguments.
     """
     try:
-        if (any(arguments.get(name, 0) > most for name in ("layers", "blocks"))
+        if (any(not 1 <= arguments.get(name, 1) <= most for name in ("layers", "blocks"))
                 or len(arguments.get("widths", ())) > most):
-            raise ValueError(f"layers, blocks or widths are more than {most}")
+            raise ValueError(f"layers, blocks or widths are more than {most}, or none")
         with torch.device("meta"):
             return module_class(**arguments)
     except Exception as error:                           # sizes from a file can be anything

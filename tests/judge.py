@@ -161,8 +161,8 @@ class Recordings:
     """Real clips: mels by rate {rate: (N, T, 64)}, waves at 48 kHz, and the class of each (N,)."""
 
     def __init__(self, rows: list[dict], names: list[str], folder: Path, seconds: float, device: torch.device):
-        clips = [Clip(path, row["caption"], *inspect(path), file_digest(path))
-                 for row in rows for path in [folder / row["path"]]]
+        paths = [folder / row["path"] for row in rows]
+        clips = [Clip(path, row["caption"], *inspect(path), file_digest(path)) for path, row in zip(paths, rows)]
         self.labels = torch.tensor([names.index(row["class"]) for row in rows], device=device)
         self.mels = {}
         for rate in RATES:                               # 48 kHz is the last

@@ -214,7 +214,7 @@ def one_line(status: int, err: str, *parts: str) -> None:
 @pytest.mark.parametrize("arguments, parts", [
     ([], ["no prompt"]), (["a dog", " "], ["a prompt is empty"]),
     (["x", "--rate", "22050"], ["22050", "16000, 24000, 32000, 48000"]),
-    (["x", "--rate", "16000", "--rate", "22050"], ["22050"]), (["x", str(CAPTIONS)], ["is a file", "--prompts-file"]),
+    (["x", "--rate", "22050", "--rate", "16000"], ["22050"]), (["x", str(CAPTIONS)], ["is a file", "--prompts-file"]),
     (["x", "--steps", "0"], ["steps", "1 to 1000"]),
     (["x", "--steps", "2000"], ["steps", "1 to 1000"]),
     (["x", "--seconds", "0"], ["seconds", "0.1 to 60"]),
@@ -286,7 +286,7 @@ CHANGES = {"config of another preset": {"preset": "huge"}, "config without sizes
            "config with no tokens": {"unet": {"tokens": None}},
            "config of a lost FLAN-T5": {"text_encoder": "not/there"},
            "config with half heads": {"unet": {"heads": [5.0, 10, 10, 20]}},
-           "config with half groups": {"unet": {"groups": 8.0}},
+           "config with half groups": {"unet": {"groups": 8.0}}, "config without blocks": {"unet": {"blocks": 0}},
            "config with an odd context": {"unet": {"context_width": 65}}}
 
 
@@ -297,6 +297,7 @@ CHANGES = {"config of another preset": {"preset": "huge"}, "config without sizes
     ("config without an end", ["config.json", "seconds"]), ("widths apart", ["config.json", "width is 64", "32"]),
     ("config with endless layers", ["config.json", "layers"]), ("config with a list", ["config.json", "tiny"]),
     ("config with endless widths", ["config.json", "widths are more than"]),
+    ("config without blocks", ["config.json", "or none"]),
     ("config with half heads", ["config.json", "heads"]), ("config with half groups", ["config.json", "groups"]),
     ("config with an odd context", ["config.json", "context_width must be even"]),
     ("config of a lost FLAN-T5", ["config.json", "text_encoder names not/there"]),
