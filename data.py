@@ -87,6 +87,8 @@ def read_blocks(path: str | Path, first: int = 0, samples: int = -1) -> Iterator
     try:
         with soundfile.SoundFile(path) as file:
             promised = file.frames
+            if promised > 2 ** 62:                       # a FLAC that was written to a pipe
+                raise ValueError(f"{path}: its header does not say how long it is; write it anew with flac or ffmpeg")
             # After a seek libsndfile decodes the next frames of an MP3 wrongly, and soundfile seeks after each read: so
             # an MP3 is read from its start, in one piece, and so is what libsndfile can't seek in.
             at_once = file.format == "MP3" or not file.seekable()

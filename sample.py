@@ -7,6 +7,7 @@ another.  Prompts come from the command line or from a file: one a line, or a CS
 whose ids name the files (as a test set has them).
 """
 import argparse
+import hashlib
 import importlib.util
 import io
 import os
@@ -92,8 +93,11 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
 
 
 def slug(text: str) -> str:
-    """A file name for a prompt, of 60 bytes at most."""
-    return re.sub(r"\W+", "_", text.lower()).strip("_").encode(errors="ignore")[:60].decode(errors="ignore") or "prompt"
+    """A file name for a prompt.  A long one is cut, and told from others that begin like it by a digest."""
+    name = re.sub(r"\W+", "_", text.lower()).strip("_").encode(errors="ignore")
+    if len(name) > 60:
+        name = name[:51] + b"_" + hashlib.blake2b(name, digest_size=4).hexdigest().encode()
+    return name.decode(errors="ignore") or "prompt"
 
 
 def pick_prompts(args: argparse.Namespace) -> list[tuple[str, str]]:

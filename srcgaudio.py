@@ -103,8 +103,8 @@ def mel_spectrogram(wave: Tensor, rate: int) -> Tensor:
 class NoiseSchedule:
     """The variances beta_t of Eq. (1), what follows from them, and the reverse process, Eq. (2), as DDIM.
 
-    Stable Diffusion's schedule: T = 1000, sqrt(beta) linear.  The paper's t runs from 1 to T; here, as in every
-    published implementation, indices run from 0 to T - 1.
+    Stable Diffusion's schedule: T = 1000, sqrt(beta) linear.  The paper's t runs from 1 to T; here, as in
+    published implementations, indices run from 0 to T - 1.
     """
 
     T, BETA_1, BETA_T = 1000, 0.00085, 0.012
@@ -121,7 +121,7 @@ class NoiseSchedule:
         z_0, eps: (B, 8, T/4, 16) clean latent and standard normal noise.  t: (B,) indices, 0 to 999.
         """
         alpha_bar = self.alpha_bar.to(z_0)[t].view(-1, 1, 1, 1)                          # (B, 1, 1, 1)
-        # Eq. (1): q(z_t | z_t-1) = N(sqrt(1 - beta_t) z_t-1, beta_t I).  t of these steps, from z_0 on, are one:
+        # Eq. (1), one step: q(z_t | z_t-1) = N(sqrt(1 - beta_t) z_t-1, beta_t I).  All steps from z_0 to z_t at once:
         # q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
         return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps
 
@@ -149,7 +149,8 @@ class NoiseSchedule:
         steps: 1 to T.  Returns z_0 in z_T's shape and precision.  `progress` shows a bar.
         """
         timesteps = self.ddim_timesteps(steps)
-        # Eq. (2): p_theta(z_0:T | psi(P), Sr) = p_theta(z_T) times all p_theta(z_t-1 | z_t, c), a factor at each turn
+        # Eq. (2): p_theta(z_0:T | psi(P), Sr) = p_theta(z_T) times all p_theta(z_t-1 | z_t, c).  Each
+        # turn takes about T / steps of these factors at once, and draws nothing.
         z_t = z_T                                        # z_T ~ N(0, I)
         # The last step ends at index 0, the paper's t = 1, as Stable Diffusion's does, and not at alpha_bar = 1: noise
         # of sqrt(1 - alpha_bar[0]) = 0.03 stays in what is returned.
@@ -167,7 +168,7 @@ def eps_theta(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: Tensor, rate:
               text_mask: Tensor) -> Tensor:
     """eps_theta(z_t, t, c): the noise that the network sees in z_t (B, 8, T/4, 16), whether it predicts eps or v.
 
-    t (index), rate (Hz): (B,).  text (B, N, d), text_mask (B, N): psi(P), or psi("") for c_null.  c is made of them.
+    t (index), rate (Hz): (B,).  text (B, N, d), text_mask (B, N): psi(P), or psi("") for c_null.  They make c.
     """
     c, c_mask = unet.condition(t, rate, text, text_mask)
     predicted = unet(z_t, t, c, c_mask)
@@ -297,8 +298,7 @@ class TextEncoder(nn.Module):
         self.final_norm = nn.RMSNorm(width, eps=1e-6)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """A start much as T5's, but for a wider position bias: normal weights, of the variance that keeps each layer's
-        output near one."""
+        """A start much as T5's, but for a wider position bias: normal weights, of variance 1 over a layer's inputs."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:                                               # norms
                 continue
@@ -691,8 +691,11 @@ def exit_cleanly(main) -> None:
         print(f"error: {line.removeprefix('ValueError: ')}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:         # torch has a class of its own for a GPU's memory alone
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not full:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            line = "the memory is full; a smaller --batch takes less, and train.py has --accumulate"
+        elif "DataLoader worker" in str(error):
+            line = "a process that reads data was killed, perhaps for want of memory; fewer --workers take less"
+        else:
             raise
-        print("error: the memory is full; a smaller --batch takes less, and train.py has --accumulate", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

@@ -10,7 +10,8 @@ writes its losses to JOB.csv.
 The paper takes AudioLDM's VAE as it is, trains HiFi-GANs, and the LDM on Eq. (3).  Not the paper's but ours, so that
 small networks learn from a few hundred recordings: Muon, the whitened starts (`whiten_patches`, `whiten`), detail and
 flicker in the VAE's loss, its latents' deviation of 0.3 and a decoder trained on DDIM's noise, vocoders without
-discriminators, the balanced loss and rolled clips.  The preset paper has those of the VAE alone, should one be trained.
+discriminators, the balanced loss and rolled clips.  At the preset paper a VAE that is trained has its part of these,
+but Muon.
 
 The paper's part is the section on the latent diffusion model: `Latents`, `Objective`, `TrainLDM`.  Before it stand the
 loop of every job, the VAE and the vocoders; after it the command line.
@@ -102,7 +103,7 @@ SETTINGS = {
 KL_WEIGHT = 3e-4                                         # of the KL against the L1, both means
 # Standard deviation of z_0.  Since alpha_bar_T is 0.005 and not 0, z_T still tells something of z_0, at 1 nearly all of
 # how loud the whole clip is; but sampling starts from noise that tells nothing, and all clips would come out equally
-# loud.  At 0.3 it tells much less.  The same as a schedule whose signal-to-noise ratio is 11 times lower.
+# loud.  At 0.3 it tells less.  The same as a schedule whose signal-to-noise ratio is 11 times lower.
 LATENT_STD = 0.3
 NULL_CAPTIONS = 0.1                                      # share of captions emptied, for Eq. (4)
 EMA_DECAY = 0.999
@@ -314,8 +315,8 @@ class Muon(torch.optim.Optimizer):
     length; Jordan leaves those to Adam.
 
     Adam learns the directions of most variance first, in mels the loudness, and a rooster's harmonics late.
-    torch.optim.Muon takes one matrix at a time, in bfloat16: for a small vocoder on a CPU that is as long as the rest
-    of the step.
+    torch.optim.Muon takes matrices alone, no convolutions, one at a time, in bfloat16: for a small vocoder on a CPU
+    that is as long as the rest of the step.
     """
 
     def __init__(self, parameters, lr: float):
@@ -336,13 +337,13 @@ class Muon(torch.optim.Optimizer):
         for shape, pairs in by_shape.items():
             alike, of_shape = zip(*pairs)
             matrices = orthogonal(torch.stack(of_shape))               # (B, m, n)
-            size = 0.2 * max(matrices.shape[1:]) ** 0.5                # entries of some 0.2, as in a step of Adam's
+            size = 0.2 * max(matrices.shape[1:]) ** 0.5                # entries of some 0.2, as AdamW's (Liu 2025)
             torch._foreach_add_(alike, [matrix.view(shape) for matrix in matrices], alpha=-lr * size)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (B, m, n) with all their singular values brought near 1, by Newton and Schulz's iteration with Jordan's
-    coefficients."""
+    """Matrices (B, m, n) with their singular values brought to 0.7 to 1.2, tiny ones to less, by Newton and Schulz's
+    iteration with Jordan's coefficients."""
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT).mT
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -686,7 +687,7 @@ class TrainVAE:
                 decoded = self.ema.network.decode(mean + self.ddim_noise * noise)
             latents.append(mean)
             losses[rate].append(mel_loss(mel, decoded).item())
-        # The latents' level by these clips, since they are whole, as the LDM takes them, where training sees crops
+        # The latents' level by these clips: they are whole, as the LDM takes them; those of the training are crops.
         z = torch.cat(latents)                                                               # (clips, 8, T/4, 16)
         self.moments = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
         return mean_by_rate(losses)
@@ -778,11 +779,11 @@ class TrainVocoder:
         generated = self.distributed(mel)                                                    # (B, L)
         mel_generated = mel_spectrogram(generated, self.rate)
         of_mel = mel_loss(mel, mel_generated)
-        # A tone that stands out from the bands beside it adds little to the L1, so what stands out counts once more.
+        # A tone that stands out from the bands beside it adds little to the L1, so what stands out counts again.
         error = mel_generated - mel
         of_tones = (error - F.avg_pool1d(error, 7, 1, 3)).abs().mean()
-        # A buzz of one pulse a hop has lines 100 Hz apart.  Most bands of the mel are wider and take it for noise; a
-        # longer window sees the lines.
+        # A buzz of one pulse a hop has lines 100 Hz apart.  Most bands of the mel are wider and take it for noise; the
+        # bins of a spectrum see the lines, the better the longer its window.  A short one sees when a click comes.
         n_fft = RATES[self.rate].n_fft
         of_stft = (stft_loss(wave, generated, n_fft // 2) + stft_loss(wave, generated, 2 * n_fft)) / 2
         of_loud = convergence_loss(mel, mel_generated)
@@ -830,9 +831,9 @@ def train_tokenizer(captions: list[str], vocabulary: int) -> sentencepiece.Sente
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions), model_writer=model, vocab_size=vocabulary, hard_vocab_limit=False,
             max_sentence_length=2 ** 20, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    except RuntimeError as error:                        # more kinds of characters than tokens
-        raise ValueError(f"no tokenizer of {vocabulary} tokens can be made of these captions: give the text encoder a "
-                         f"larger vocabulary in config.json, or take --flan-t5 ({weights.first_line(error)})") from None
+    except RuntimeError:                                 # more kinds of characters than tokens
+        raise ValueError(f"no tokenizer of {vocabulary} tokens can be made of captions with so many kinds of "
+                         f"characters; take a larger --preset, or --flan-t5") from None
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 

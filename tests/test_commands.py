@@ -21,10 +21,12 @@ import soundfile
 import torch
 from conftest import CAPTIONS, HERE
 from test_data import BAD_AUDIO, bad_audio
+from torch.utils.data import DataLoader, Dataset
 
 import weights
 from data import Cache, find_clips
 from srcgaudio import RATES, SRCgAudio, exit_cleanly, mel_spectrogram
+from sample import slug
 from unet import UNet
 
 ROOT = HERE.parent
@@ -173,6 +175,13 @@ def test_equal_prompts_get_names_of_their_own(checkpoint, command, tmp_path):
     assert command("sample.py", "rain", "Rain!", "rain", "--steps", 1, "--seconds", 0.2, "--checkpoint", checkpoint,
                    "--out", tmp_path, "--rate", 16000, 16000)[0] == 0            # a rate named twice is made once
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rain_16000.wav", "rain_2_16000.wav", "rain_3_16000.wav"]
+
+
+def test_long_prompts_that_begin_alike_get_names_of_their_own():
+    """Else --skip-existing would take the file of the one for the other's."""
+    soft, hard = (slug(f"a dog that barks far away in the fields while rain falls {how}") for how in ("soft", "hard"))
+    assert soft[:51] == hard[:51] and soft != hard and len(soft) <= 60
+    assert slug("ж" * 50) != slug("ж" * 51)              # two bytes each
 
 
 def test_spectrograms_take_matplotlib(checkpoint, command, tmp_path, monkeypatch):
@@ -460,10 +469,23 @@ def test_a_full_disk_is_named_when_sampling(checkpoint, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class KillsItsReader(Dataset):
+    """As a system does that is short of memory."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_full_memory_is_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         exit_cleanly(lambda: torch.empty(2 ** 50))
     one_line(end.value.code, capsys.readouterr().err, "memory is full", "--batch")
+    with pytest.raises(SystemExit) as end:
+        exit_cleanly(lambda: list(DataLoader(KillsItsReader(), num_workers=1)))
+    one_line(end.value.code, capsys.readouterr().err, "reads data was killed", "--workers")
     with pytest.raises(NotImplementedError):             # a RuntimeError too, but ours to mend
         exit_cleanly(lambda: torch.empty(1, device="meta").cpu())
 

@@ -178,7 +178,7 @@ def write(path, samples, rate=16_000):
 
 def bad_audio(folder, kind):
     """A file that is broken in one way."""
-    path = folder / ("bad.ogg" if kind == "truncated ogg" else "bad.flac" if kind == "truncated flac" else "bad.wav")
+    path = folder / ("bad.ogg" if kind == "truncated ogg" else "bad.flac" if "flac" in kind else "bad.wav")
     noise = 0.1 * np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
     if kind == "empty":
         path.touch()
@@ -192,6 +192,12 @@ def bad_audio(folder, kind):
         path.write_text("this is not audio")
     elif kind == "wild rate":
         soundfile.write(path, noise, 9_999_991)
+    elif kind == "flac of unknown length":               # as one that was written to a pipe
+        soundfile.write(path, noise, 16_000)
+        content = bytearray(path.read_bytes())
+        content[21] &= 0xF0                              # the number of samples has 36 bits
+        content[22:26] = bytes(4)
+        path.write_bytes(content)
     elif kind.startswith("truncated"):
         soundfile.write(path, noise, 16_000)
         path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
@@ -200,7 +206,8 @@ def bad_audio(folder, kind):
 
 BAD_AUDIO = {"missing": "no such audio file", "empty": "it is empty", "no samples": "holds no samples",
              "silent": "silent", "NaN": "NaN", "text": "not readable audio", "wild rate": "9999991 Hz",
-             "truncated wav": "truncated", "truncated flac": "truncated", "truncated ogg": "truncated"}
+             "flac of unknown length": "how long it is", "truncated wav": "truncated",
+             "truncated flac": "truncated", "truncated ogg": "truncated"}
 
 
 @pytest.mark.parametrize("kind, message", BAD_AUDIO.items())
