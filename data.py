@@ -290,7 +290,7 @@ def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Ro
             raise ValueError(f'{source}: not as WavCaps\'s files are, {{"data": [{{"id": ..., "caption": ...}}, ...]}}')
         texts = [entry["caption"] if isinstance(entry["caption"], str) else "" for entry in entries]
         texts = [text.encode(errors="replace").decode() for text in texts]        # JSON can hold halves of characters
-        return [Row([stem(entry["id"])], text, stem(entry["id"])) for entry, text in zip(entries, texts)]
+        return [Row([stem(entry["id"])], text) for entry, text in zip(entries, texts)]
     columns, *lines = read_csv(source)
     if len(columns) == 4 and columns[3] in ("train", "test"):          # VGGSound has no line of names
         try:

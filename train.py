@@ -263,9 +263,6 @@ class Plan:
         self.items, self.settings, self.run = items, settings, run
         self.steps = max(1, items * settings.epochs // settings.batch)
 
-    def epoch(self, step: int) -> int:
-        return step * self.settings.batch // self.items
-
     def batch(self, step: int) -> list[tuple[int, int]]:
         """The (epoch, item) of each item."""
         first = step * self.settings.batch
@@ -283,7 +280,8 @@ class Plan:
 
     def validates(self, step: int) -> bool:
         """Whether validation is due after so many steps."""
-        before, after = (self.epoch(s) // self.settings.validate_every for s in (step - 1, step))
+        every = self.items * self.settings.validate_every
+        before, after = (s * self.settings.batch // every for s in (step - 1, step))
         return step == self.steps or after > before
 
 
@@ -699,7 +697,7 @@ class TrainVAE:
             vae.scale_factor.fill_(LATENT_STD)
         weights.save(vae.state_dict(), self.run.folder / "vae.pt")
         old, start = self.run.folder / "unet.pt", find_file("unet.pt", self.run.start)
-        # It knows other latents, and the LDM comes next, which may start from it.
+        # That U-Net knows other latents.  It stays if the LDM, which comes next, is to start from it.
         if not self.run.decoder_only and not (start and start.resolve() == old.resolve()):
             old.unlink(missing_ok=True)
 
@@ -849,7 +847,7 @@ class Latents(Dataset):
 
     def __init__(self, run: Run, items: list[tuple[Clip, int]], places: np.ndarray, texts: dict, scale_factor: float,
                  rolled: bool = False, times: Tensor | None = None):
-        self.seed, self.arrays, self.T, self.rolled = run.seed, run.cache.arrays, NoiseSchedule.T, rolled
+        self.seed, self.arrays, self.rolled = run.seed, run.cache.arrays, rolled
         self.items, self.places, self.texts, self.scale_factor, self.times = items, places, texts, scale_factor, times
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int, int, Tensor]:
@@ -863,7 +861,7 @@ class Latents(Dataset):
         if self.rolled:
             z_0 = z_0.roll(int(random.integers(z_0.shape[1])), dims=1)
         if self.times is None:
-            t = int(random.integers(self.T))                                      # t ~ Uniform(1, T), counted from 0
+            t = int(random.integers(NoiseSchedule.T))                             # t ~ Uniform(1, T), counted from 0
             caption = "" if random.random() < NULL_CAPTIONS else clip.caption
         else:
             t, caption = int(self.times[i]), clip.caption
@@ -1153,21 +1151,18 @@ def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[
     return train, val, left_out
 
 
-def find_outputs(args: argparse.Namespace) -> dict[str, str]:
-    """The file of weights that each training, named as in `fit`, will write.  Raises ValueError where that would
-    replace what is there unasked, or leave a U-Net without its VAE."""
+def find_outputs(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The files of weights that each training, named as in `fit`, will write, its own first.  Raises ValueError where
+    that would replace what is there unasked, or leave a U-Net without its VAE."""
     folder, outputs = args.checkpoint, {}
     if "vae" in args.jobs:
-        outputs["vae"] = "vae.pt"
+        outputs["vae"] = ["vae.pt"]
     if "vocoder" in args.jobs:
-        outputs |= {f"vocoder_{rate}": f"vocoder_{rate}.pt" for rate in args.rates}
+        outputs |= {f"vocoder_{rate}": [f"vocoder_{rate}.pt", f"discriminators_{rate}.pt"] for rate in args.rates}
     if "ldm" in args.jobs:
-        outputs["ldm"] = "unet.pt"
-    for name, file in outputs.items():
-        written = [file, file.replace("vocoder", "discriminators")]
-        if name == "ldm" and args.train_text_encoder:
-            written.append("text_encoder.pt")
-        for path in (folder / part for part in written):
+        outputs["ldm"] = ["unet.pt", "text_encoder.pt"] if args.train_text_encoder else ["unet.pt"]
+    for name, files in outputs.items():
+        for path in (folder / file for file in files):
             if path.exists() and not (folder / f"{name}_state.pt").exists() and not args.overwrite:
                 raise ValueError(f"{path} exists; name another --checkpoint, or say --overwrite")
         log = folder / f"{name}.csv"                     # the user's captions may have this name
@@ -1187,13 +1182,13 @@ def find_outputs(args: argparse.Namespace) -> dict[str, str]:
     return outputs
 
 
-def find_copies(args: argparse.Namespace, config: Config, outputs: dict[str, str]) -> list[Path]:
+def find_copies(args: argparse.Namespace, config: Config, outputs: dict[str, list[str]]) -> list[Path]:
     """What the folder to start from has, this checkpoint lacks, and this run does not make."""
     start_config = SRCgAudio.load_config(args.start_from)
     if start_config.preset != config.preset:
         raise ValueError(f"{args.start_from} holds the preset {start_config.preset!r}, {args.checkpoint} "
                          f"{config.preset!r}; start from another folder")
-    not_copied = set(outputs.values())
+    not_copied = set().union(*outputs.values())
     if (start_config.unet, start_config.text_encoder) != (config.unet, config.text_encoder):
         not_copied.add("unet.pt")                        # config.json describes another
     new_latents = "vae" in args.jobs and not args.decoder_only
@@ -1202,8 +1197,8 @@ def find_copies(args: argparse.Namespace, config: Config, outputs: dict[str, str
         if "ldm" in args.jobs and (start := find_file("unet.pt", args.start_from)):
             say(f"{start}, the start, has learnt in the latents of another VAE")
     if args.no_rate_token:                               # a gAudio makes sound at its own rate alone
-        not_copied |= {f"vocoder_{rate}.pt" for rate in RATES if rate not in args.rates}
-    not_copied |= {name.replace("vocoder", "discriminators") for name in not_copied}
+        not_copied |= {f"{part}_{rate}.pt" for part in ("vocoder", "discriminators")
+                       for rate in RATES if rate not in args.rates}
     return [path for path in sorted(args.start_from.iterdir())
             if path.suffix in (".model", ".pt") and not path.name.endswith("_state.pt")
             and path.name not in not_copied and not (args.checkpoint / path.name).exists()]
@@ -1330,7 +1325,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
               accumulate=args.accumulate, activation_checkpointing=args.activation_checkpointing,
               save_minutes=args.save_minutes, plot=args.plot)
     if not args.overwrite:
-        for name, file in outputs.items():               # refuses another run's state
+        for name, (file, *_) in outputs.items():         # refuses another run's state
             state = read_state(folder / f"{name}_state.pt", run.identity(name))
             if state and state["best"] < math.inf and not (folder / file).is_file():
                 raise ValueError(f"{folder / file} is gone, the best weights of a run that {name}_state.pt goes on "
@@ -1345,7 +1340,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         SRCgAudio.save_config(config, folder)
         if args.overwrite:
             for name in outputs:
-                (folder / f"{name}_state.pt").write_bytes(b"")         # leave to replace these weights
+                (folder / f"{name}_state.pt").write_bytes(b"")         # the next time needs no --overwrite
     return run
 
 

@@ -11,6 +11,7 @@ import torch
 
 import sample
 import train
+import weights
 from data import Cache, Clip, find_clips
 from srcgaudio import PRESETS, RATES, SRCgAudio, TextEncoder, exit_cleanly
 from unet import UNet
@@ -73,7 +74,7 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         status = 0
         try:
-            exit_cleanly({"sample.py": sample.main, "train.py": train.main}[script])
+            exit_cleanly({"sample.py": sample.main, "train.py": train.main, "weights.py": weights.main}[script])
         except SystemExit as stop:
             status = stop.code
         captured = capsys.readouterr()

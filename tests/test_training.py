@@ -61,6 +61,18 @@ def make(start, command, tmp_path, monkeypatch):
     return made
 
 
+@pytest.fixture
+def stop(command, monkeypatch):
+    """stop("train.py", ...): the same as `command`, ended by a Ctrl-C in the first step -> what it printed."""
+    def stopped(*arguments) -> str:
+        with monkeypatch.context() as stopping:
+            stopping.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
+            status, out, err = command(*arguments)
+        assert status == 130, err
+        return out + err
+    return stopped
+
+
 def losses(folder: Path, job: str) -> dict[tuple[str, str], float]:
     name = "vocoder_16000" if job == "vocoder" else job
     with open(folder / f"{name}.csv", newline="") as file:
@@ -271,12 +283,9 @@ def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, comman
         train.train_tokenizer(["".join(map(chr, range(0x4E00, 0x4F00)))], vocabulary=128)
 
 
-def test_a_stopped_run_goes_on_from_another_folder_but_not_from_another_start(start, command, tmp_path, monkeypatch,
-                                                                            checkpoint):
+def test_a_stopped_run_goes_on_from_another_folder_not_from_another_start(start, stop, command, tmp_path, checkpoint):
     arguments = start("vae", tmp_path / "run")
-    with monkeypatch.context() as stopping:
-        stopping.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
-        assert command(*arguments)[0] == 130
+    stop(*arguments)
     another = shutil.copytree(checkpoint, tmp_path / "another")
     status, _, err = command(*arguments, "--start-from", another)
     one_line(status, err, "vae_state.pt", "the start")
@@ -289,15 +298,13 @@ def test_a_stopped_run_goes_on_from_another_folder_but_not_from_another_start(st
     assert status == 0 and "vae goes on from step" in out + err, err
 
 
-def test_tokens_of_other_captions_are_not_gone_on_with(start, command, tmp_path, monkeypatch, checkpoint):
+def test_tokens_of_other_captions_are_not_gone_on_with(start, stop, command, tmp_path, checkpoint):
     """A text encoder trained along has learnt what each token stands for."""
     folder = shutil.copytree(checkpoint, tmp_path / "start")
     (folder / "text_encoder.pt").unlink()
     (tmp_path / "more.csv").write_text("path,caption\n" + "a.wav,zithers jingle\n" * 9)
     arguments = start("ldm", tmp_path / "run", "--start-from", folder, "--train-text-encoder")
-    with monkeypatch.context() as stopping:
-        stopping.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
-        assert command(*arguments)[0] == 130
+    stop(*arguments)
     status, _, err = command(*arguments, "--tokenizer-captions", tmp_path / "more.csv")
     one_line(status, err, "ldm_state.pt", "the text encoder")
     assert command(*arguments)[0] == 0
@@ -513,11 +520,9 @@ def test_ctrl_c_while_a_job_is_last_validated_ends_the_run(start, command, tmp_p
     assert status == 0 and "vae is trained already" in out + err and (tmp_path / "run" / "unet.pt").exists()
 
 
-def test_a_full_disk_keeps_the_last_state(start, command, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
-    status, out, err = command(*start("vae", tmp_path / "run"))
-    monkeypatch.undo()
-    assert status == 130 and "stopped after step 2; the same command, without --overwrite, goes on" in out + err
+def test_a_full_disk_keeps_the_last_state(start, stop, command, tmp_path):
+    printed = stop(*start("vae", tmp_path / "run"))
+    assert "stopped after step 2; the same command, without --overwrite, goes on" in printed
     state = tmp_path / "run" / "vae_state.pt"
     before = state.read_bytes()
     limit = len(before) // 2
@@ -665,6 +670,16 @@ def test_a_text_encoder_trained_along_keeps_its_text_out_of_the_cache(start, com
     assert command(*start("ldm", tmp_path / "run", "--train-text-encoder"))[0] == 0
 
 
+def test_a_text_encoder_trained_along_may_be_stopped_before_its_first_state(start, command, tmp_path, monkeypatch):
+    """The start's is no copy of what the run writes, which would be refused the next time."""
+    arguments = start("ldm", tmp_path / "run", "--train-text-encoder")
+    with monkeypatch.context() as stopping:
+        stopping.setattr("train.TrainLDM.find_or_compute", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert command(*arguments)[0] == 130
+    status, _, err = command(*arguments)
+    assert status == 0, err
+
+
 # The paper's regimes
 
 
@@ -697,8 +712,7 @@ def test_gaudio_is_not_told_its_rate(start, command, tmp_path):
 def test_a_flan_t5_is_not_trained(start, command, tmp_path, checkpoint):
     shutil.copytree(checkpoint, tmp_path / "base")
     SRCgAudio.save_config(replace(SRCgAudio.load_config(checkpoint), text_encoder="flan-t5-large"), tmp_path / "base")
-    arguments = start("ldm", tmp_path / "run", "--train-text-encoder")
-    status, _, err = command(*[tmp_path / "base" if a == checkpoint else a for a in arguments])
+    status, _, err = command(*start("ldm", tmp_path / "run", "--train-text-encoder", "--start-from", tmp_path / "base"))
     one_line(status, err, "--train-text-encoder", "FLAN-T5")
     assert not (tmp_path / "run").exists()
 
@@ -713,7 +727,7 @@ def test_sizes_that_can_not_be_are_named_before_anything_is_trained(start, comma
                                                                     words):
     shutil.copytree(checkpoint, tmp_path / "odd")
     SRCgAudio.save_config(replace(SRCgAudio.load_config(checkpoint), **changes), tmp_path / "odd")
-    arguments = [tmp_path / "odd" if a == checkpoint else a for a in start("vae", tmp_path / "run")]
+    arguments = start("vae", tmp_path / "run", "--start-from", tmp_path / "odd")
     if job == "ldm":
         arguments.insert(2, "ldm")
     status, _, err = command(*arguments)
@@ -739,7 +753,7 @@ def test_a_start_without_a_unet_gives_the_rest(start, command, tmp_path, checkpo
     for path in checkpoint.iterdir():
         if path.name != "unet.pt":
             (tmp_path / "base" / path.name).write_bytes(path.read_bytes())
-    status, _, err = command(*[tmp_path / "base" if a == checkpoint else a for a in start("ldm", tmp_path / "run")])
+    status, _, err = command(*start("ldm", tmp_path / "run", "--start-from", tmp_path / "base"))
     assert status == 0, err
     assert difference(checkpoint, tmp_path / "run", "text_encoder.pt") == 0
 
@@ -755,8 +769,7 @@ def test_the_text_encoder_of_the_folder_stays(start, command, tmp_path, checkpoi
 
 def test_a_vocoder_without_another_starts_anew(start, command, tmp_path, checkpoint):
     shutil.copytree(checkpoint, tmp_path / "base", ignore=shutil.ignore_patterns("vocoder_*"))
-    arguments = [tmp_path / "base" if a == checkpoint else a for a in start("vocoder", tmp_path / "run")]
-    assert command(*arguments)[0] == 0
+    assert command(*start("vocoder", tmp_path / "run", "--start-from", tmp_path / "base"))[0] == 0
     assert (tmp_path / "run" / "vocoder_16000.pt").is_file()
 
 
@@ -895,10 +908,8 @@ def test_a_text_encoder_that_does_not_fit_is_named_before_the_first_step(command
     assert not (tmp_path / "run/vae_state.pt").exists()
 
 
-def test_a_job_goes_on_though_what_others_depend_on_has_changed(start, command, tmp_path, monkeypatch):
-    with monkeypatch.context() as stopping:
-        stopping.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
-        assert command(*start("vocoder", tmp_path / "run"))[0] == 130
+def test_a_job_goes_on_though_what_others_depend_on_has_changed(start, stop, command, tmp_path):
+    stop(*start("vocoder", tmp_path / "run"))
     config = SRCgAudio.load_config(tmp_path / "run")
     other = replace(config, guidance=2.0, unet=config.unet | {"tokens": ["time"]})
     SRCgAudio.save_config(other, tmp_path / "run")
@@ -934,10 +945,8 @@ def test_a_vocoder_starts_from_no_weights_that_it_replaces(start, command, tmp_p
         assert status == 0 and f"starts from {folder / 'vocoder_24000.pt'}" in out + err, err
 
 
-def test_an_ldm_goes_on_after_the_decoder_was_trained_on(start, command, tmp_path, monkeypatch):
-    with monkeypatch.context() as stopping:
-        stopping.setattr("train.Ema.update", lambda _, network, step: step or signal.raise_signal(signal.SIGINT))
-        assert command(*start("ldm", tmp_path / "run"))[0] == 130
+def test_an_ldm_goes_on_after_the_decoder_was_trained_on(start, stop, command, tmp_path, monkeypatch):
+    stop(*start("ldm", tmp_path / "run"))
     assert command(*start("vae", tmp_path / "run", "--decoder-only", "--overwrite"))[0] == 0
     monkeypatch.setattr("train.TrainLDM.encode_mel", fail)               # the latents in the cache serve on
     status, out, err = command(*start("ldm", tmp_path / "run"))

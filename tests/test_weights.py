@@ -18,9 +18,8 @@ from fuzz_weights import corrupt, load_in_child, make_samples
 from golden import fill
 from torch import nn
 
-import train
 import weights
-from srcgaudio import T5_NAMES, NoiseSchedule, SRCgAudio, TextEncoder, diffusion_loss, exit_cleanly
+from srcgaudio import T5_NAMES, NoiseSchedule, SRCgAudio, TextEncoder, diffusion_loss
 from unet import DIFFUSERS_NAMES as UNET_NAMES
 from unet import UNet
 from vae import AUDIOLDM_NAMES, VAE
@@ -59,26 +58,10 @@ def write_folder(folder, tensors: weights.Weights, file: str, config: dict):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
+def tokenizer(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "spiece.model"
-    path.write_bytes(train.train_tokenizer(["a dog barks", "rain falls on a roof", "the sea"], 128)
-                     .serialized_model_proto())
+    path.write_bytes(model.text_encoder.tokenizer.serialized_model_proto())
     return path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run("import", ...) -> (exit status, stdout, stderr) of weights.py."""
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, arguments)])
-        status = 0
-        try:
-            exit_cleanly(weights.main)
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-    return run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,12 +358,12 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return str(a) == str(b) and ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
-def test_import_makes_tango_run(tango, tmp_path, run):
+def test_import_makes_tango_run(tango, tmp_path, command):
     folder, unet, encoder, vae, vocoder = tango
     arguments = ["import", "--checkpoint", tmp_path / "ours", "--unet", folder / "pytorch_model_main.bin",
                  "--flan-t5", folder / "pytorch_model_main.bin", "--vae", folder / "pytorch_model_vae.bin",
                  "--vocoder", 16_000, folder / "pytorch_model_vae.bin"]
-    status, out, err = run(*arguments)
+    status, out, err = command("weights.py", *arguments)
     assert status == 0, err
     model = SRCgAudio.load(tmp_path / "ours")
     assert same(model.unet, unet) and same(model.text_encoder, encoder) and same(model.vocoders[16_000], vocoder)
@@ -388,26 +371,28 @@ def test_import_makes_tango_run(tango, tmp_path, run):
     wave = model.generate(["rain"], 16_000, 0.32, steps=2)
     assert wave.shape == (1, 5120) and wave.isfinite().all()
 
-    status, out, err = run(*arguments)
+    status, out, err = command("weights.py", *arguments)
     assert status == 2 and "vae.pt exists" in err and "--overwrite" in err and len(err.splitlines()) == 1
-    status, out, err = run(*arguments, "--overwrite", "--add-tokens")
+    status, out, err = command("weights.py", *arguments, "--overwrite", "--add-tokens")
     assert status == 0, err
-    status, out, err = run("import", "--checkpoint", tmp_path / "ours", "--vae", folder / "pytorch_model_vae.bin",
-                           "--overwrite")
+    status, out, err = command("weights.py", "import", "--checkpoint", tmp_path / "ours", "--vae",
+                               folder / "pytorch_model_vae.bin", "--overwrite")
     assert status == 2 and "unet.pt knows the latents" in err and len(err.splitlines()) == 1, err
 
     wide = weights.rename(UNet((64, 64, 128, 128), (1, 1, 2, 2), context_width=96, blocks=1, tokens=()).state_dict(),
                           UNET_NAMES, backwards=True)
     torch.save({f"unet.{name}": tensor for name, tensor in wide.items()}, tmp_path / "wide.bin")
-    status, out, err = run("import", "--checkpoint", tmp_path / "ours", "--unet", tmp_path / "wide.bin", "--overwrite")
+    status, out, err = command("weights.py", "import", "--checkpoint", tmp_path / "ours", "--unet",
+                               tmp_path / "wide.bin", "--overwrite")
     assert status == 2 and "64" in err and "96" in err and len(err.splitlines()) == 1, err
 
 
-def test_an_import_replaces_no_text_encoder_unasked(checkpoint, tmp_path, run):
+def test_an_import_replaces_no_text_encoder_unasked(checkpoint, tmp_path, command):
     ours = shutil.copytree(checkpoint, tmp_path / "ours")
-    status, _, err = run("export", "--checkpoint", checkpoint, "--out", tmp_path / "exported")
+    status, _, err = command("weights.py", "export", "--checkpoint", checkpoint, "--out", tmp_path / "exported")
     assert status == 0, err
-    status, _, err = run("import", "--checkpoint", ours, "--flan-t5", tmp_path / "exported" / "text_encoder")
+    status, _, err = command("weights.py", "import", "--checkpoint", ours, "--flan-t5",
+                             tmp_path / "exported" / "text_encoder")
     assert status == 2 and "text_encoder.pt exists" in err, err
 
 
@@ -422,12 +407,12 @@ def test_tango_begins_a_joint_training(tango):
     assert unet.rate_token.weight.grad.abs().max() > 0 and unet.time_token.weight.grad.abs().max() > 0
 
 
-def test_import_of_vocoders(tmp_path, run):
+def test_import_of_vocoders(tmp_path, command):
     generator, disc = Generator(STRIDES[48_000], channels=64), Discriminators(2, 8)
     weights.save(generator.state_dict(), tmp_path / "g")
     torch.save(weights.rename(disc.state_dict(), DISCRIMINATOR_NAMES, backwards=True), tmp_path / "do")
     ours = tmp_path / "ours"
-    status, _, err = run("import", "--checkpoint", ours, "--vocoder", 48_000, tmp_path / "g",
+    status, _, err = command("weights.py", "import", "--checkpoint", ours, "--vocoder", 48_000, tmp_path / "g",
                          "--discriminators", 48_000, tmp_path / "do")
     assert status == 0, err
     assert same(SRCgAudio.load_vocoder(ours, 48_000), generator)
@@ -441,10 +426,10 @@ def test_import_of_vocoders(tmp_path, run):
             ((44_100, tmp_path / "g"), ["44100"]), ((16_000, tmp_path / "nothing"), ["nothing: no such weight file"]),
             ((16_000, tmp_path / "g", "--vocoder", 16_000, tmp_path / "g"), ["--vocoder 16000 is there twice"]),
             ((16_000, tmp_path / "do"), ["do: tensor msd.discriminators.0.convs.0.weight_g is missing"])]:
-        status, _, err = run("import", "--checkpoint", ours, "--vocoder", *arguments)
+        status, _, err = command("weights.py", "import", "--checkpoint", ours, "--vocoder", *arguments)
         assert status == 2 and len(err.splitlines()) == 1 and all(part in err for part in parts), err
     assert not (ours / "vocoder_16000.pt").exists()
-    status, _, err = run("import", "--checkpoint", tmp_path / "none")
+    status, _, err = command("weights.py", "import", "--checkpoint", tmp_path / "none")
     assert status == 2 and "nothing to import" in err and not (tmp_path / "none").exists(), err
 
 
@@ -474,25 +459,25 @@ def test_exports_come_back(exported):
     assert encoder.tokenize(texts)[0].equal(model.text_encoder.tokenize(texts)[0])
 
 
-def test_half_a_checkpoint_is_half_the_size_and_sounds_the_same(run, checkpoint, tmp_path):
+def test_half_a_checkpoint_is_half_the_size_and_sounds_the_same(command, checkpoint, tmp_path):
     (tmp_path / "whole").mkdir()
     for path in checkpoint.iterdir():
         shutil.copy(path, tmp_path / "whole")
     (tmp_path / "whole" / "discriminators_16000.pt").write_bytes(b"only for training")
     arguments = ("halve", "--checkpoint", tmp_path / "whole", "--out", tmp_path / "half")
-    assert run(*arguments)[0] == 0
+    assert command("weights.py", *arguments)[0] == 0
     assert {path.name for path in (tmp_path / "half").iterdir()} == {path.name for path in checkpoint.iterdir()}
     assert (tmp_path / "half" / "unet.pt").stat().st_size < 0.55 * (checkpoint / "unet.pt").stat().st_size
     waves = [SRCgAudio.load(folder, [16_000]).generate(["a dog barks"], 16_000, 0.5, steps=2)
              for folder in (checkpoint, tmp_path / "half")]
     assert (waves[0] - waves[1]).abs().max() < 0.01 * waves[0].abs().max()
-    status, _, err = run(*arguments)
+    status, _, err = command("weights.py", *arguments)
     assert status == 2 and "config.json exists" in err and "--overwrite" in err
     (tmp_path / "half/config.json").unlink()
-    status, _, err = run(*arguments)
+    status, _, err = command("weights.py", *arguments)
     assert status == 2 and ".pt exists" in err and "--overwrite" in err
     (tmp_path / "whole" / "vocoder_48000.pt").unlink()
-    status, _, err = run(*arguments, "--overwrite")
+    status, _, err = command("weights.py", *arguments, "--overwrite")
     assert status == 2 and "vocoder_48000.pt is another model's" in err
 
 
