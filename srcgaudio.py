@@ -103,8 +103,8 @@ def mel_spectrogram(wave: Tensor, rate: int) -> Tensor:
 class NoiseSchedule:
     """The variances beta_t of Eq. (1), what follows from them, and the reverse process, Eq. (2), as DDIM.
 
-    Stable Diffusion's schedule: T = 1000, sqrt(beta) linear.  The paper's t runs from 1 to T; here, as in
-    published implementations, indices run from 0 to T - 1.
+    Stable Diffusion's schedule: T = 1000, sqrt(beta) linear.  The paper's t runs from 1 to T; here, as in published
+    implementations, indices run from 0 to T - 1.
     """
 
     T, BETA_1, BETA_T = 1000, 0.00085, 0.012
@@ -149,8 +149,8 @@ class NoiseSchedule:
         steps: 1 to T.  Returns z_0 in z_T's shape and precision.  `progress` shows a bar.
         """
         timesteps = self.ddim_timesteps(steps)
-        # Eq. (2): p_theta(z_0:T | psi(P), Sr) = p_theta(z_T) times all p_theta(z_t-1 | z_t, c).  Each
-        # turn takes about T / steps of these factors at once, and draws nothing.
+        # Eq. (2): p_theta(z_0:T | psi(P), Sr) = p_theta(z_T) times all p_theta(z_t-1 | z_t, c).  Each turn
+        # takes about T / steps of these factors at once, and draws nothing.
         z_t = z_T                                        # z_T ~ N(0, I)
         # The last step ends at index 0, the paper's t = 1, as Stable Diffusion's does, and not at alpha_bar = 1: noise
         # of sqrt(1 - alpha_bar[0]) = 0.03 stays in what is returned.
