@@ -7,7 +7,6 @@ another.  Prompts come from the command line or from a file: one a line, or a CS
 whose ids name the files (as a test set has them).
 """
 import argparse
-import hashlib
 import importlib.util
 import io
 import os
@@ -20,7 +19,7 @@ import soundfile
 from torch import Tensor
 
 import weights
-from data import by_column, read_csv
+from data import by_column, digest, read_csv
 from srcgaudio import RATES, SRCgAudio, exit_cleanly, mel_spectrogram, pick_device
 
 
@@ -93,10 +92,11 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
 
 
 def slug(text: str) -> str:
-    """A file name for a prompt.  A long one is cut, and told from others that begin like it by a digest."""
+    """A file name for a prompt, of 60 bytes at most.  A long one is cut, and a digest tells it from others that begin
+    like it."""
     name = re.sub(r"\W+", "_", text.lower()).strip("_").encode(errors="ignore")
     if len(name) > 60:
-        name = name[:51] + b"_" + hashlib.blake2b(name, digest_size=4).hexdigest().encode()
+        name = name[:51] + b"_" + digest(text).hex()[:8].encode()
     return name.decode(errors="ignore") or "prompt"
 
 

@@ -693,7 +693,7 @@ def exit_cleanly(main) -> None:
     except (MemoryError, RuntimeError) as error:         # torch has a class of its own for a GPU's memory alone
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             line = "the memory is full; a smaller --batch takes less, and train.py has --accumulate"
-        elif "DataLoader worker" in str(error):
+        elif str(error).startswith("DataLoader worker ("):           # not what one raised: that is "Caught ..."
             line = "a process that reads data was killed, perhaps for want of memory; fewer --workers take less"
         else:
             raise

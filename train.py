@@ -10,8 +10,8 @@ writes its losses to JOB.csv.
 The paper takes AudioLDM's VAE as it is, trains HiFi-GANs, and the LDM on Eq. (3).  Not the paper's but ours, so that
 small networks learn from a few hundred recordings: Muon, the whitened starts (`whiten_patches`, `whiten`), detail and
 flicker in the VAE's loss, its latents' deviation of 0.3 and a decoder trained on DDIM's noise, vocoders without
-discriminators, the balanced loss and rolled clips.  At the preset paper a VAE that is trained has its part of these,
-but Muon.
+discriminators, the balanced loss and rolled clips.  Of these the preset paper has the VAE's but for Muon, should
+one be trained.
 
 The paper's part is the section on the latent diffusion model: `Latents`, `Objective`, `TrainLDM`.  Before it stand the
 loop of every job, the VAE and the vocoders; after it the command line.
@@ -1152,8 +1152,8 @@ def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[
 
 
 def find_outputs(args: argparse.Namespace) -> dict[str, list[str]]:
-    """The files of weights that each training, named as in `fit`, will write, its own first.  Raises ValueError where
-    that would replace what is there unasked, or leave a U-Net without its VAE."""
+    """The files of weights that each training, named as in `fit`, will write, that of the network first.  Raises
+    ValueError where that would replace what is there unasked, or leave a U-Net without its VAE."""
     folder, outputs = args.checkpoint, {}
     if "vae" in args.jobs:
         outputs["vae"] = ["vae.pt"]

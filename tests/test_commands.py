@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import weights
 from data import Cache, find_clips
-from srcgaudio import RATES, SRCgAudio, exit_cleanly, mel_spectrogram
 from sample import slug
+from srcgaudio import RATES, SRCgAudio, exit_cleanly, mel_spectrogram
 from unet import UNet
 
 ROOT = HERE.parent
@@ -467,14 +467,17 @@ def test_a_full_disk_is_named_when_sampling(checkpoint, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class KillsItsReader(Dataset):
-    """As a system does that is short of memory."""
+class Doing(Dataset):
+    """One item, which is read by doing something."""
+
+    def __init__(self, something):
+        self.something = something
 
     def __len__(self):
         return 1
 
     def __getitem__(self, i):
-        os.kill(os.getpid(), signal.SIGKILL)
+        return self.something()
 
 
 def test_a_full_memory_is_one_line(capsys):
@@ -482,10 +485,12 @@ def test_a_full_memory_is_one_line(capsys):
         exit_cleanly(lambda: torch.empty(2 ** 50))
     one_line(end.value.code, capsys.readouterr().err, "memory is full", "--batch")
     with pytest.raises(SystemExit) as end:
-        exit_cleanly(lambda: list(DataLoader(KillsItsReader(), num_workers=1)))
+        exit_cleanly(lambda: list(DataLoader(Doing(lambda: os.kill(os.getpid(), signal.SIGKILL)), num_workers=1)))
     one_line(end.value.code, capsys.readouterr().err, "reads data was killed", "--workers")
     with pytest.raises(NotImplementedError):             # a RuntimeError too, but ours to mend
         exit_cleanly(lambda: torch.empty(1, device="meta").cpu())
+    with pytest.raises(NotImplementedError):
+        exit_cleanly(lambda: list(DataLoader(Doing(lambda: torch.empty(1, device="meta").cpu()), num_workers=1)))
 
 
 def test_a_notebook_s_streams_will_do(monkeypatch):
