@@ -257,7 +257,7 @@ class VAE(nn.Module):
         """What `weights.build` takes to make the VAE of a published file."""
         path, groups = Path(path), 32
         if path.is_dir():
-            # Files from before March 2023 have the old names; attention is a linear layer or a 1 x 1 convolution.
+            # Files from before mid-2023 have the old names; attention is a linear layer or a 1 x 1 convolution.
             tensors = weights.rename(weights.read(path), OLD_DIFFUSERS_NAMES)
             tensors = {name: tensor[:, :, None, None] if ".attentions." in name and tensor.ndim == 2 else tensor
                        for name, tensor in tensors.items()}

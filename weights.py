@@ -9,7 +9,7 @@ diffusers and transformers open, `halve` copies a checkpoint with its weights in
 needs.  Elsewhere weights are flat dicts of tensors with dotted names.
 
 A weight file comes from a stranger.  Nothing here runs code from one, every size is checked against the file before
-memory is taken for it, and files are memory-mapped, except PyTorch's from before 2020: tensors that nobody needs are
+memory is taken for it, and files are memory-mapped, except those of PyTorch before 1.6: tensors that nobody needs are
 never read.
 """
 import argparse
@@ -100,7 +100,7 @@ def read_shards(index: Path) -> Weights:
 
 
 def read_pytorch(path: Path) -> object:
-    """What torch.save wrote: a zip archive with a pickle in it or, before 2020, five pickles and then the bytes."""
+    """What torch.save wrote: a zip archive with a pickle in it or, before 1.6, five pickles and then the bytes."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"           # what torch.load goes by, too
