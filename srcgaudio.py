@@ -146,7 +146,7 @@ class NoiseSchedule:
         """Eq. (2), the reverse process, by DDIM with eta = 0 (Song, Meng, Ermon 2021).
 
         predict_noise: (z_t (B, ...), t: int) -> the noise in z_t, the same shape.  z_T: (B, ...) standard normal.
-        steps: 1 to T.  Returns z_0 in z_T's shape and precision.  `progress` shows a bar.
+        steps: 1 to T.  Returns z_0 in z_T's shape.  `progress` shows a bar.
         """
         timesteps = self.ddim_timesteps(steps)
         # Eq. (2): p_theta(z_0:T | psi(P), Sr) = p_theta(z_T) times all p_theta(z_t-1 | z_t, c).  Each turn

@@ -278,7 +278,7 @@ class UNet(nn.Module):
         if self.rate_token is not None:                  # in kHz: in Hz most sinusoids pass whole periods between rates
             tokens.append(self.rate_token(sinusoid(rate / 1000, self.context_width))[:, None])   # (B, 1, d)
         c = torch.cat([text, *tokens], dim=1)                                                    # (B, N + 2, d)
-        return c, F.pad(text_mask, (0, len(tokens)), value=True)                                 # (B, N + 2)
+        return c, F.pad(text_mask.bool(), (0, len(tokens)), value=True)                          # (B, N + 2)
 
     def forward(self, z_t: Tensor, t: Tensor, c: Tensor, c_mask: Tensor) -> Tensor:
         """The noise in z_t (or v), (B, 8, T/4, 16) -> the same shape; T/4 is a multiple of 8 (of 2^(levels - 1))."""

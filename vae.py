@@ -210,8 +210,8 @@ class VAE(nn.Module):
 
     def encode(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """mel (B, T, 64) -> mean and logvar of q(z | mel) = N(mean, exp(logvar)), each (B, 8, T/4, 16), unscaled."""
-        if mel.shape[1] % 4 or mel.shape[2] % 4:
-            raise ValueError(f"the VAE takes mels whose frames and bands are multiples of 4, got {tuple(mel.shape)}")
+        if mel.ndim != 3 or mel.shape[1] % 4 or mel.shape[2] % 4:
+            raise ValueError(f"the VAE takes mels (B, T, 64), T a multiple of 4, got {tuple(mel.shape)}")
         x = mel.unsqueeze(1).contiguous(memory_format=torch.channels_last)         # (B, 1, T, 64)
         mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)    # (B, 8, T/4, 16) each
         return mean, logvar.clamp(-30, 20)

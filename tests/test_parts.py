@@ -18,7 +18,7 @@ def test_vae_shapes():
     mean, logvar = vae.encode(torch.randn(2, 24, 64))
     assert mean.shape == logvar.shape == (2, 8, 6, 16)
     assert vae.decode(mean).shape == (2, 24, 64)
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(ValueError, match="a multiple of 4"):
         vae.encode(torch.randn(2, 25, 64))
     with pytest.raises(ValueError, match="three multiples of 32"):
         VAE((30, 60, 120))
