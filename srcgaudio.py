@@ -298,7 +298,7 @@ class TextEncoder(nn.Module):
         self.final_norm = nn.RMSNorm(width, eps=1e-6)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """A start much as T5's, but for a wider position bias: normal weights, of variance 1 / inputs."""
+        """A start much as T5's, but for a wider position bias: normal weights, of variance 1 / (a layer's inputs)."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:                                               # norms
                 continue

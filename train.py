@@ -5,13 +5,13 @@
 
 Sections II-B, II-C and III, Fig. 1 ("training").  The three jobs can run in one call or one by one into the same
 folder; the LDM needs the VAE.  Each keeps the weights with the best validation loss, in moving average (EMA), and
-writes its losses to JOB.csv.
+writes its losses to vae.csv, vocoder_16000.csv and so on.
 
 The paper takes AudioLDM's VAE as it is, trains HiFi-GANs, and the LDM on Eq. (3).  Not the paper's but ours, so that
 small networks learn from a few hundred recordings: Muon, the whitened starts (`whiten_patches`, `whiten`), detail and
 flicker in the VAE's loss, its latents' deviation of 0.3 and a decoder trained on DDIM's noise, vocoders without
-discriminators, the balanced loss and rolled clips.  Of these the preset paper has the VAE's but for Muon, should
-one be trained.
+discriminators, the balanced loss and rolled clips.  If the preset paper trains a VAE, it takes
+of these the VAE's, without Muon.
 
 The paper's part is the section on the latent diffusion model: `Latents`, `Objective`, `TrainLDM`.  Before it stand the
 loop of every job, the VAE and the vocoders; after it the command line.
@@ -529,7 +529,7 @@ def open_log(path: Path, size: int):
 
 
 def draw_losses(path: Path) -> None:
-    """The losses of a JOB.csv as JOB.png."""
+    """Draw a log of losses, as a .png beside it."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot

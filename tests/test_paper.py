@@ -237,6 +237,8 @@ def test_either_both_or_none_of_the_tokens(tokens):
     inputs = batch(unet)
     c, c_mask = unet.condition(inputs["t"], inputs["rate"], inputs["text"], inputs["text_mask"])
     assert c.shape == (2, 5 + len(tokens), 64) and c_mask[:, 5:].all()
+    _, of_numbers = unet.condition(inputs["t"], inputs["rate"], inputs["text"], inputs["text_mask"].float())
+    assert of_numbers.dtype == torch.bool                # attention would add numbers to its scores
     rate_matters = not torch.equal(predict(unet, **inputs), predict(unet, **(inputs | {"rate": inputs["rate"] + 8000})))
     assert rate_matters == ("rate" in tokens)
 

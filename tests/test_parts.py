@@ -20,6 +20,8 @@ def test_vae_shapes():
     assert vae.decode(mean).shape == (2, 24, 64)
     with pytest.raises(ValueError, match="a multiple of 4"):
         vae.encode(torch.randn(2, 25, 64))
+    with pytest.raises(ValueError, match="takes mels"):
+        vae.encode(torch.randn(24, 64))
     with pytest.raises(ValueError, match="three multiples of 32"):
         VAE((30, 60, 120))
 
