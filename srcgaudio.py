@@ -82,7 +82,8 @@ def mel_spectrogram(wave: Tensor, rate: int) -> Tensor:
     """Log-mel of a wave at one of the four rates, (B, L) -> (B, L // hop, 64), natural logarithm, floor 1e-5.
 
     AudioLDM's: magnitudes, Hann window of n_fft, reflect padding; the last frame, which centring adds, is dropped.
-    The level is taken as it is.  Raises ValueError for another rate or fewer than n_fft / 2 + 1 samples.
+    The level is taken as it is.  For use outside autocast, which would round the mel to bfloat16.  Raises ValueError
+    for another rate or fewer than n_fft / 2 + 1 samples.
     """
     check_rate(rate)
     config = RATES[rate]
@@ -118,9 +119,10 @@ class NoiseSchedule:
     def add_noise(self, z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Jump from z_0 to z_t at once.
 
-        z_0, eps: (B, 8, T/4, 16) clean latent and standard normal noise.  t: (B,) indices, 0 to 999.
+        z_0, eps: (B, 8, T/4, 16) clean latent and standard normal noise, or (B, ...) of any shape, in float32 at least
+        (in bfloat16 the first alpha_bar is 1).  t: (B,) indices, 0 to 999.
         """
-        alpha_bar = self.alpha_bar.to(z_0)[t].view(-1, 1, 1, 1)                          # (B, 1, 1, 1)
+        alpha_bar = self.alpha_bar.to(z_0)[t].view(-1, *[1] * (z_0.ndim - 1))            # (B, 1, 1, 1)
         # Eq. (1), one step: q(z_t | z_t-1) = N(sqrt(1 - beta_t) z_t-1, beta_t I).  All steps from z_0 to z_t at once:
         # q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I)
         return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * eps
@@ -128,7 +130,7 @@ class NoiseSchedule:
     def eps_from_v(self, v: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """The noise in z_t (B, 8, T/4, 16) from v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0, which some
         networks predict (Salimans, Ho 2022).  t: (B,) indices."""
-        alpha_bar = self.alpha_bar.to(z_t)[t].view(-1, 1, 1, 1)
+        alpha_bar = self.alpha_bar.to(z_t)[t].view(-1, *[1] * (z_t.ndim - 1))            # (B, 1, 1, 1)
         return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * z_t
 
     def ddim_timesteps(self, steps: int) -> list[int]:
@@ -327,7 +329,7 @@ class TextEncoder(nn.Module):
         """ids (B, N), mask (B, N) -> psi (B, N, d).  What stands at padding tokens means nothing."""
         buckets = relative_position_buckets(ids.shape[1]).to(ids.device)
         bias = self.relative_position_bias(buckets).permute(2, 0, 1)[None]        # (1, heads, N, N)
-        bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(torch.float32).min)     # (B, heads, N, N)
+        bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)        # (B, heads, N, N)
         x = self.embedding(ids)                                                   # (B, N, d)
         for block in self.blocks:
             x = block(x, bias)
@@ -532,6 +534,7 @@ class SRCgAudio:
 
     @staticmethod
     def load_vocoder(folder: str | Path, rate: int) -> Generator:
+        check_rate(rate)
         arguments = SRCgAudio.load_config(folder).vocoder | {"strides": STRIDES[rate]}
         return load_part(Generator, arguments, Path(folder) / f"vocoder_{rate}.pt", Path(folder) / "config.json")
 
@@ -568,7 +571,7 @@ class SRCgAudio:
                    {rate: cls.load_vocoder(folder, rate) for rate in rates})
 
     def save(self, folder: str | Path) -> None:
-        """Write the checkpoint folder that `load` reads."""
+        """Write the checkpoint folder that `load` reads.  Vocoders that are there, of rates this model lacks, stay."""
         with weights.replace_files(Path(folder)) as new:
             self.save_config(self.config, new)
             if isinstance(self.config.text_encoder, dict):         # a FLAN-T5 stays in its own folder
@@ -579,7 +582,10 @@ class SRCgAudio:
                 weights.save(vocoder.state_dict(), new / f"vocoder_{rate}.pt")
 
     def to(self, device: torch.device | str, precision: str = "auto") -> "SRCgAudio":
-        """Move all parts to a device; `precision` is auto, bf16 or fp32.  Raises ValueError for others."""
+        """Move all parts to a device and compute in `precision` from now on: auto, bf16 or fp32.
+
+        Raises ValueError for others.
+        """
         device = pick_device(str(device))
         for part in (self.text_encoder, self.vae, self.unet, *self.vocoders.values()):
             part.to(device)

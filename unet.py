@@ -32,8 +32,8 @@ DIFFUSERS_NAMES = [
 
 
 def sinusoid(x: Tensor, width: int) -> Tensor:
-    """The sinusoidal embedding of scalars, x (B,) -> (B, width): cosines, then sines, of periods from 2 pi up to nearly
-    20,000 pi."""
+    """The sinusoidal embedding of scalars, x (B,) -> (B, width): cosines, then sines, of periods from 2 pi up to
+    2 pi 10,000^(1 - 2 / width)."""
     frequency = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=x.device) / (width // 2))
     angle = x.float()[:, None] * frequency                                        # (B, width / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
@@ -192,7 +192,8 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network in eps_theta of Eq. (3).  The defaults are the paper's: 561.15 M parameters.
+    """The network in eps_theta of Eq. (3).  The defaults are the paper's: 561.15 M parameters, in float32; autocast
+    computes in less.
 
     widths: channels of the encoder blocks; the decoder has them in reverse.  Multiples of 32.
     heads: attention heads at each of these levels; the last number is the middle block's too.

@@ -224,8 +224,8 @@ class VAE(nn.Module):
     def forward(self, mel: Tensor, eps: Tensor, ddim_noise: float) -> tuple[Tensor, Tensor, Tensor]:
         """What training takes: mel (B, T, 64) and standard normal noise (B, 8, T/4, 16) -> decoded, mean, logvar.
 
-        ddim_noise: standard deviation of further noise, what DDIM leaves in z_0 over scale_factor; 0 unless
-            --decoder-only.
+        ddim_noise: standard deviation of a second noise in z: what DDIM leaves in z_0, divided by scale_factor; 0
+            unless --decoder-only.
         """
         mean, logvar = self.encode(mel)
         logvar_of_both = torch.log(logvar.exp() + ddim_noise ** 2)                # independent noises' variances add

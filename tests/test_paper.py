@@ -1,4 +1,5 @@
 """The paper's equations and shapes, held against golden data and cases with a known answer."""
+import copy
 import math
 from dataclasses import replace
 
@@ -82,6 +83,15 @@ def test_closed_form_is_eq_1_applied_t_times():
         index = torch.tensor([t])
         assert schedule.add_noise(one, zero, index).item() == pytest.approx(scale, rel=1e-12)
         assert schedule.add_noise(zero, one, index).item() ** 2 == pytest.approx(variance, rel=1e-9)
+
+
+def test_noise_is_added_item_by_item_whatever_the_shape():
+    schedule, t = NoiseSchedule(), torch.tensor([0, 500, 999])
+    for shape in [(3,), (3, 2), (3, 3, 3), (3, 8, 4, 16)]:
+        z_t = schedule.add_noise(torch.ones(shape), torch.zeros(shape), t)
+        eps = schedule.eps_from_v(torch.ones(shape), torch.zeros(shape), t)
+        assert z_t.shape == shape and torch.equal(z_t, eps)
+        assert torch.allclose(z_t.view(3, -1)[:, -1], schedule.alpha_bar[t].sqrt().float())
 
 
 def test_schedule_is_stable_diffusions():
@@ -311,6 +321,8 @@ def test_padding_changes_no_text_embedding(model):
     alone, _ = model.text_encoder.encode(["dog"])
     padded, mask = model.text_encoder.encode(["dog", "a dog barks at the sea"])
     assert torch.allclose(alone[0], padded[0, mask[0]], atol=1e-5)
+    in_bfloat16, _ = copy.deepcopy(model.text_encoder).bfloat16().encode(["dog", "a dog barks at the sea"])
+    assert torch.allclose(alone[0], in_bfloat16[0, mask[0]], atol=0.1)
 
 
 # Fig. 1: the whole system

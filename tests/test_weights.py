@@ -416,6 +416,8 @@ def test_import_of_vocoders(tmp_path, command):
                          "--discriminators", 48_000, tmp_path / "do")
     assert status == 0, err
     assert same(SRCgAudio.load_vocoder(ours, 48_000), generator)
+    with pytest.raises(ValueError, match="no sampling rate 44100"):
+        SRCgAudio.load_vocoder(ours, 44_100)
     again = Discriminators(2, 8)
     weights.load(again, weights.read(ours / "discriminators_48000.pt"), "it")
     assert same(again, disc)
