@@ -829,9 +829,10 @@ def train_tokenizer(captions: list[str], vocabulary: int) -> sentencepiece.Sente
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions), model_writer=model, vocab_size=vocabulary, hard_vocab_limit=False,
             max_sentence_length=2 ** 20, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    except RuntimeError:                                 # more kinds of characters than tokens
-        raise ValueError(f"no tokenizer of {vocabulary} tokens can be made of captions with so many kinds of "
-                         f"characters; take a larger --preset, or --flan-t5") from None
+    except RuntimeError:
+        raise ValueError(f"no tokenizer of {vocabulary} tokens can be made of these captions: they have too many kinds "
+                         f"of characters for it, or none that it can read; mend them, or take a larger --preset or "
+                         f"--flan-t5") from None
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
