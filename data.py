@@ -51,6 +51,12 @@ class Clip:
     peak: float
     digest: bytes                                        # of the file these facts are about
 
+    @property
+    def recording(self) -> tuple:
+        """What tells the recording from others, wherever it lies: name, rate, length and level, whose last digits
+        depend on the number of threads."""
+        return self.path.name, self.rate, self.samples, f"{self.mean:.6f}", f"{self.peak:.6f}"
+
     def reaches(self, rate: int) -> bool:
         """Whether the file has the highs of `rate`: 44.1 kHz counts as reaching 48 kHz."""
         return self.rate >= 0.9 * rate
@@ -319,10 +325,11 @@ def read_csv(path: Path) -> list[list[str]]:
             for line in filter(None, reader):
                 lines.append(line)
                 if len(line) > len(lines[0]):
-                    raise ValueError(f"{path}, line {reader.line_num}: {len(line)} fields, the first line has "
-                                     f"{len(lines[0])}; put quotes around a text with a comma")
+                    raise ValueError(f"{path}, line {reader.line_num}: {len(line)} fields between commas, the "
+                                     f"first line has {len(lines[0])}; put quotes around a text with a comma")
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not a CSV, or a quote is left open ({error})") from None
+        raise ValueError(f"{path}, line {reader.line_num}: not a CSV with commas between its fields, or a quote is left "
+                         f"open ({error})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
     return lines or [[]]

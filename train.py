@@ -146,14 +146,14 @@ class Run:
         rates = rates or self.rates
         purpose = "validate" if clips is self.val else "train"
         if per_recording:
-            clips = {clip.path: clip for clip in clips}.values()
+            clips = {clip.recording: clip for clip in clips}.values()
         items = [(clip, rate) for clip in clips for rate in rates if self.any_rate or clip.reaches(rate)]
         count = Counter(rate for _, rate in items)
         for rate in rates:
             if not count[rate]:
                 raise ValueError(f"no clip to {purpose} on reaches {rate} Hz (the highest file is at "
                                  f"{max(c.rate for c in clips)} Hz); leave that rate out, allow upsampling with "
-                                 f"--any-rate, or name other clips")
+                                 f"--any-rate, or name other clips (--data, --val-data)")
         return items
 
     def identity(self, name: str) -> dict[str, str]:
@@ -161,8 +161,8 @@ class Run:
         job = job_of(name)
         sizes = {"vae": self.config.vae, "vocoder": self.config.vocoder,
                  "ldm": [self.config.unet, self.config.text_encoder]}[job]
-        # By name alone: on another machine, or from another folder, the recordings have other paths.
-        data = [[(clip.path.name, clip.caption, clip.rate, clip.samples, clip.mean, clip.peak) for clip in clips]
+        # On another machine, or from another folder, the recordings have other paths.
+        data = [[(clip.recording, clip.caption if job == "ldm" else "") for clip in clips]
                 for clips in (self.train, self.val)]
         same = {"the data": digest(data).hex(), "--any-rate": str(self.any_rate),
                 "the start": self.start.resolve().name if self.start else "none",
@@ -288,6 +288,11 @@ class Plan:
 @lru_cache(maxsize=2)
 def shuffled(items: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(items)
+
+
+def some(items: int, seed: int) -> list[int]:
+    """Up to 256 of so many items, at random: enough to see what all are like."""
+    return sorted(shuffled(items, seed, 0)[:256].tolist())
 
 
 class Ema:
@@ -569,8 +574,8 @@ class Crops(Dataset):
         return clip.read(rate, start, self.seconds)
 
     def sample(self) -> list:
-        """Crops of up to 256 items, spread evenly over all."""
-        return [self[0, i] for i in range(0, len(self.items), math.ceil(len(self.items) / 256))]
+        """Crops of `some` items."""
+        return [self[0, i] for i in some(len(self.items), self.seed)]
 
 
 class WholeClips(Dataset):
@@ -676,24 +681,25 @@ class TrainVAE:
     def validate(self) -> dict[str, float]:
         """Log-mel L1 of whole clips, decoded from the mean of q(z | mel), with the noise that DDIM leaves if the
         decoder is trained on it."""
-        losses, latents = {rate: [] for rate in self.run.rates}, []
+        losses = {rate: [] for rate in self.run.rates}
         for (_, rate), mel in zip(tqdm(self.val_items, "validating", leave=False), self.run.mels(self.val_items)):
             mel = mel.to(self.run.device)                                                    # (1, T, 64)
             with autocast(self.run.device, self.run.precision):
                 mean, _ = self.ema.network.encode(mel)
                 noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)
                 decoded = self.ema.network.decode(mean + self.ddim_noise * noise)
-            latents.append(mean)
             losses[rate].append(mel_loss(mel, decoded).item())
-        # The latents' level by these clips: they are whole, as the LDM takes them; those of the training are crops.
-        z = torch.cat(latents)                                                               # (clips, 8, T/4, 16)
-        self.moments = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
         return mean_by_rate(losses)
 
+    @torch.no_grad()
     def save(self) -> None:
         vae = copy.deepcopy(self.ema.network)
         if not self.run.decoder_only:
-            vae.normalize_latents(*self.moments)
+            # Of whole clips, as the LDM takes them, with the silence that may follow; trained on are crops.
+            items = [self.data.items[i] for i in some(len(self.data.items), self.run.seed)]
+            with autocast(self.run.device, self.run.precision):
+                z = torch.cat([vae.encode(mel.to(self.run.device))[0] for mel in self.run.mels(items)])
+            vae.normalize_latents(z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3)))               # z (N, 8, T/4, 16)
             vae.scale_factor.fill_(LATENT_STD)
         weights.save(vae.state_dict(), self.run.folder / "vae.pt")
         old, start = self.run.folder / "unet.pt", find_file("unet.pt", self.run.start)
@@ -949,6 +955,7 @@ class TrainLDM:
             texts = {caption: (int(start), int(size), unet.context_width)
                      for caption, (start, size) in zip(captions, places)}
         train, val = run.items(run.train), run.items(run.val)
+        val = val * max(1, 10 * len(run.rates) // len(val))            # few clips are validated on at several t each
         keys = [digest("latent", vae_digest, run.precision, config.seconds, rate, clip.digest)
                 for clip, rate in train + val]
         places = self.find_or_compute(train + val, keys, run.mels, partial(self.encode_mel, vae), "latents")
@@ -1138,18 +1145,32 @@ def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[
     """The clips to train and to validate on, and a line for each that is left out."""
     arguments = dict(cache=cache, captions="ldm" in args.jobs, progress=rank() == 0)
     train, left_out = find_clips(args.data, blacklists=args.blacklist, **arguments)
+    train, low = leave_out_low(train, args)
+    left_out += low
     if args.val_data:
         val, left_out_of_val = find_clips(args.val_data, split="test", **arguments)
-        return train, val, left_out + left_out_of_val
-    paths = sorted({clip.path for clip in train})                      # a recording may have several captions
-    paths.sort(key=lambda path: digest(args.seed, path.name))          # jobs of other clips get much the same tenth
-    held_out = set(paths[:max(1, len(paths) // 10)])
-    val = [clip for clip in train if clip.path in held_out]
-    train = [clip for clip in train if clip.path not in held_out]
+        val, low = leave_out_low(val, args)
+        return train, val, left_out + left_out_of_val + low
+    # A recording may have several captions.  Jobs of other clips, and with other seeds, get much the same tenth.
+    recordings = sorted({clip.recording for clip in train}, key=digest)
+    held_out = set(recordings[:max(1, len(recordings) // 10)])
+    val = [clip for clip in train if clip.recording in held_out]
+    train = [clip for clip in train if clip.recording not in held_out]
     if not train:
         raise ValueError(f"{args.data[0][0]}: one clip is too few; validation holds out another"
                          + "".join(f" (left out: {line})" for line in left_out[:1]))
     return train, val, left_out
+
+
+def leave_out_low(clips: list[Clip], args: argparse.Namespace) -> tuple[list[Clip], list[str]]:
+    """The clips that reach one of the rates, and a line for each that does not; all if none does, for `Run.items` to
+    refuse."""
+    reaches = {clip: args.any_rate or any(map(clip.reaches, args.rates)) for clip in clips}
+    if not any(reaches.values()):
+        return clips, []
+    low = {clip.path: clip.rate for clip in clips if not reaches[clip]}
+    return ([clip for clip in clips if reaches[clip]],
+            [f"{path}: its {rate} Hz reach none of the rates; --any-rate takes it" for path, rate in low.items()])
 
 
 def find_outputs(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -1352,14 +1373,15 @@ def report(run: Run, left_out: list[str]) -> None:
     if left_out[20:]:
         say(f"left out: {len(left_out) - 20} more")
     for name, clips in (("train", run.train), ("validate", run.val)):
-        files = {clip.path: clip.samples / clip.rate for clip in clips}
+        files = {clip.recording: clip.samples / clip.rate for clip in clips}
         rates = Counter(rate for _, rate in run.items(clips, per_recording="ldm" not in run.settings))
         say(f"to {name} on: {len(files)} clips, {sum(files.values()) / 3600:.2f} h, "
             f"{sum(bool(clip.caption) for clip in clips)} captions; "
             + ", ".join(f"{rates[rate]} at {rate} Hz" for rate in run.rates))
-    both = {clip.path.resolve() for clip in run.train} & {clip.path.resolve() for clip in run.val}
+    both = {clip.recording for clip in run.train} & {clip.recording for clip in run.val}
     if both:
-        say(f"warning: {len(both)} recordings are both trained and validated on, such as {min(both)}")
+        example = next(clip.path for clip in run.val if clip.recording in both)
+        say(f"warning: {len(both)} recordings are both trained and validated on, such as {example}")
     reasons = Counter(line.split(": ")[-1] for line in left_out)
     say(f"left out: {len(left_out)}" + "".join(f"; {n} {reason}" for reason, n in reasons.most_common(5))
         + f"; {run.device}, {run.precision}, {processes()} process" + "es" * (processes() > 1))

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,13 @@ def test_a_clip_reaches_its_own_rate_and_what_is_close(clips):
     assert clip.rate == 44_100 and clip.reaches(48_000) and not clip.reaches(50_000)
 
 
+def test_a_recording_is_known_by_its_sound_and_its_name(clips):
+    first, second = clips[:2]
+    moved = replace(first, path=Path("elsewhere", first.path.name), mean=first.mean + 1e-17, caption="another")
+    assert moved.recording == first.recording
+    assert replace(second, path=first.path).recording != first.recording == replace(first, digest=b"").recording
+
+
 def test_a_csv_and_a_folder_hold_the_same_clips(clips, cache):
     from_folder, left_out = find_clips([[CAPTIONS.parent]], cache, captions=False)
     assert len(clips) == 20 and sorted(c.path for c in clips) == [c.path for c in from_folder] and not left_out
@@ -237,7 +245,7 @@ def test_a_stream_may_promise_more_than_it_holds(tmp_path):
     ("path,text\na.wav,a dog\n", "no columns path"), ("file,caption\na.wav,a dog\n", "no columns path"),
     ("path,caption\na.wav,\n", "has no caption in captions.csv"), ("path,caption\na.wav\n", "has no caption"),
     ("path,caption\nnot_there.wav,a dog\n", "not_there.wav: no such audio file"), ("path,caption\n\xff\xfe", "UTF-8"),
-    ("path,caption\na.wav,a dog, then rain\n", "line 2: 3 fields, .* put quotes"),
+    ("path,caption\na.wav,a dog, then rain\n", "line 2: 3 fields between commas, .* put quotes"),
     ('path,caption\na.wav,rain\nb.wav,"a dog\n', "line 3: not a CSV"),
     ("path;caption\na.wav;a dog\n", "with a comma between them"),
     ("path,caption,caption\na.wav,,a dog\n", "the column caption 2 times"),

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from conftest import CAPTIONS, HERE, untrained
@@ -383,13 +384,11 @@ def test_a_gradient_is_no_longer_than_its_limit():
 
 def test_each_channel_of_a_trained_vaes_latents_has_the_deviation_1_before_the_scale(make, tmp_path):
     training = make("vae")
-    (clip, rate), = training.val_items
-    mel = train.mel_spectrogram(clip.read(rate, 0, PRESETS["tiny"].seconds)[None], rate)
+    waves = torch.stack([clip.read(rate, 0, PRESETS["tiny"].seconds) for clip, rate in training.data.items])
+    training.save()
+    vae = SRCgAudio.load_vae(tmp_path / "run")
     with torch.no_grad():
-        training.validate()
-        training.save()
-        vae = SRCgAudio.load_vae(tmp_path / "run")
-        z, _ = vae.encode(mel)
+        z, _ = vae.encode(train.mel_spectrogram(waves, 16_000))                              # of all that is trained on
     assert z.mean((0, 2, 3)).abs().max() < 1e-3 and (z.std((0, 2, 3)) - 1).abs().max() < 1e-3
     assert vae.scale_factor.item() == pytest.approx(train.LATENT_STD)
 
@@ -923,12 +922,60 @@ def test_jobs_hold_out_the_same_recordings(tmp_path, clips):
     for captions in (lambda i: "a dog", lambda i: "a dog" if i else ""):
         lines = [f"{clip.path},{captions(i)}" for i, clip in enumerate(clips)]
         (tmp_path / "clips.csv").write_text("\n".join(["path,caption", *lines]))
-        args = SimpleNamespace(data=[[tmp_path / "clips.csv"]], val_data=None, blacklist=[], jobs=["ldm"], seed=0)
+        args = SimpleNamespace(data=[[tmp_path / "clips.csv"]], val_data=None, blacklist=[], jobs=["ldm"],
+                               rates=[16_000], any_rate=False)
         train_clips, val, _ = train.find_data(args, Cache(tmp_path / "cache"))
         held_out.append({clip.path for clip in val})
         assert not held_out[-1] & {clip.path for clip in train_clips}
     a, b = held_out
     assert len(a) == 2 and len(b) == 1 and b <= a        # a tenth of 20 and of 19
+
+
+def test_recordings_of_one_name_are_not_held_out_together(tmp_path, clips):
+    lines = ["path,caption"]
+    for i, clip in enumerate(clips):                     # ten students hand in two recordings each
+        path = tmp_path / f"student{i // 2}" / ("dog.ogg", "rain.ogg")[i % 2]
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(clip.path, path)
+        again = path.parent / ".." / path.parent.name / path.name                # the same file, spelled otherwise
+        lines += [f"{path},one", f"{again},the same"]
+    (tmp_path / "clips.csv").write_text("\n".join(lines))
+    args = SimpleNamespace(data=[[tmp_path / "clips.csv"]], val_data=None, blacklist=[], jobs=["ldm"], rates=[16_000],
+                           any_rate=False)
+    train_clips, val, _ = train.find_data(args, Cache(tmp_path / "cache"))
+    assert len(val) == 4 and len(train_clips) == 36 and len({clip.path.resolve() for clip in val}) == 2
+    assert not {clip.path.resolve() for clip in val} & {clip.path.resolve() for clip in train_clips}
+
+
+def test_clips_below_all_rates_are_named(start, command, tmp_path):
+    soundfile.write(tmp_path / "low.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 8000), 8000)
+    for more, left_out, clips in ([], 1, 4), (["--any-rate"], 0, 5):
+        arguments = start("vocoder", tmp_path / f"run{left_out}", *more, "--epochs", 1)
+        with open(tmp_path / "clips.csv", "a") as file:
+            file.write("low.wav,a hum\n")
+        status, out, err = command(*arguments)
+        assert status == 0 and f"to train on: {clips} clips" in out + err and f"left out: {left_out}" in out + err, err
+        assert ("low.wav: its 8000 Hz reach none of the rates" in out + err) == bool(left_out)
+
+
+@pytest.mark.parametrize("recordings", [1, 65, 238, 1000])
+def test_some_items_are_of_all_rates(recordings):
+    drawn = train.some(4 * recordings, seed=0)
+    assert len(set(drawn)) == min(256, 4 * recordings) and {i % 4 for i in drawn} == {0, 1, 2, 3}
+
+
+def test_few_clips_are_validated_on_at_several_times(make):
+    times = make("ldm").val_data.times
+    assert sorted(times.tolist()) == [50 + 100 * i for i in range(10)]           # one clip, at one rate
+
+
+def test_a_vocoder_goes_on_when_a_caption_is_mended(start, stop, command, tmp_path):
+    stop(*start("vocoder", tmp_path / "run"))
+    arguments = start("vocoder", tmp_path / "run")
+    captions = (tmp_path / "clips.csv").read_text()
+    (tmp_path / "clips.csv").write_text(captions.replace("an infant cries", "a child cries"))
+    status, out, err = command(*arguments)
+    assert status == 0 and "goes on from step" in out + err, err
 
 
 def test_a_vae_may_begin_with_silence():
