@@ -74,7 +74,7 @@ def mel_filters(rate: int, n_fft: int, n_mels: int) -> Tensor:
 @torch.inference_mode(False)                             # what validation leaves in the cache must serve training too
 def mel_constants(rate: int, device: torch.device) -> tuple[Tensor, Tensor]:
     config = RATES[rate]
-    window = torch.hann_window(config.n_fft, device=device)
+    window = torch.hann_window(config.n_fft, dtype=torch.float32, device=device)
     return window, mel_filters(rate, config.n_fft, config.n_mels).to(device)
 
 
@@ -340,11 +340,11 @@ class TextEncoder(nn.Module):
         ids, mask = (x.to(self.embedding.weight.device) for x in self.tokenize(texts))
         return self(ids, mask), mask
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write text_encoder.pt and tokenizer.model into a checkpoint folder."""
-        weights.replace_file(folder / "tokenizer.model",
+        weights.replace_file(Path(folder) / "tokenizer.model",
                              lambda file: file.write(self.tokenizer.serialized_model_proto()))
-        weights.save(self.state_dict(), folder / "text_encoder.pt")
+        weights.save(self.state_dict(), Path(folder) / "text_encoder.pt")
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "TextEncoder":
@@ -571,7 +571,11 @@ class SRCgAudio:
                    {rate: cls.load_vocoder(folder, rate) for rate in rates})
 
     def save(self, folder: str | Path) -> None:
-        """Write the checkpoint folder that `load` reads.  Vocoders that are there, of rates this model lacks, stay."""
+        """Write the checkpoint folder that `load` reads.  Vocoders that are there, of rates this model lacks, stay.
+
+        The parts must be those that `config` describes.  A FLAN-T5 that it names by its folder is not written.
+        Raises ValueError if `load` would refuse what is written; the folder is then as it was.
+        """
         with weights.replace_files(Path(folder)) as new:
             self.save_config(self.config, new)
             if isinstance(self.config.text_encoder, dict):         # a FLAN-T5 stays in its own folder
@@ -580,6 +584,7 @@ class SRCgAudio:
             weights.save(self.unet.state_dict(), new / "unet.pt")
             for rate, vocoder in self.vocoders.items():
                 weights.save(vocoder.state_dict(), new / f"vocoder_{rate}.pt")
+            self.load(new)
 
     def to(self, device: torch.device | str, precision: str = "auto") -> "SRCgAudio":
         """Move all parts to a device and compute in `precision` from now on: auto, bf16 or fp32.
@@ -608,7 +613,8 @@ class SRCgAudio:
             raise ValueError(f"there is no vocoder for {rate} Hz in this checkpoint")
         mel = self.generate_mel(prompts, rate, seconds, steps, guidance, seed, progress)     # (B, T, 64)
         # In float32: bfloat16's rounding noise is 17 to 20 dB below the sound of a small vocoder, and above its highs.
-        wave = self.vocoders[rate](mel)                                           # (B, T * hop)
+        with autocast(self.device, torch.float32):
+            wave = self.vocoders[rate](mel)                                       # (B, T * hop)
         return wave[:, :round(seconds * rate)]
 
     @torch.no_grad()                                     # in inference mode autocast would cast weights at each step
@@ -629,11 +635,12 @@ class SRCgAudio:
         if not 0 <= seed < 2 ** 62:
             raise ValueError(f"the seed must be from 0 to 2^62 - 1, got {seed}")
 
-        frames = round(seconds * FRAMES_PER_SECOND, 6)   # 2.24 * 100 is a little more than 224
+        frames = round(seconds * FRAMES_PER_SECOND, 3)   # 2.24 * 100 is a little more than 224
         length = math.ceil(frames / 4 / self.unet.multiple) * self.unet.multiple             # of the latent, T/4
         bands = RATES[rate].n_mels // 4
-        z_T = torch.stack([torch.randn((VAE.LATENT, length, bands), generator=torch.Generator().manual_seed(seed + i))
-                           for i in range(len(prompts))]).to(self.device)         # (B, 8, T/4, 16)
+        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
+        z_T = torch.stack([torch.randn((VAE.LATENT, length, bands), generator=generator, device="cpu")
+                           for generator in generators]).to(self.device)          # (B, 8, T/4, 16)
         # Autocast keeps its bfloat16 copies of weights until its block ends: a block for each part frees them between.
         with autocast(self.device, self.precision):
             text, mask = self.text_encoder.encode([*prompts, ""])                 # (B + 1, N, d), (B + 1, N)

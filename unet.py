@@ -86,7 +86,7 @@ class Attention(nn.Module):
         q, k, v = (h.unflatten(2, (self.heads, -1)).transpose(1, 2)               # (B, heads, tokens, C / heads)
                    for h in (self.to_q(x), self.to_k(context), self.to_v(context)))
         if mask is not None:
-            mask = mask[:, None, None, :]                                         # (B, 1, 1, N), True: attend
+            mask = mask.bool()[:, None, None, :]                                  # (B, 1, 1, N), True: attend
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)               # (B, heads, M, C / heads)
         return self.to_out(h.transpose(1, 2).flatten(2))                          # (B, M, C)
 
@@ -279,7 +279,7 @@ class UNet(nn.Module):
         if self.rate_token is not None:                  # in kHz: in Hz most sinusoids pass whole periods between rates
             tokens.append(self.rate_token(sinusoid(rate / 1000, self.context_width))[:, None])   # (B, 1, d)
         c = torch.cat([text, *tokens], dim=1)                                                    # (B, N + 2, d)
-        return c, F.pad(text_mask.bool(), (0, len(tokens)), value=True)                          # (B, N + 2)
+        return c, F.pad(text_mask, (0, len(tokens)), value=True)                                 # (B, N + 2)
 
     def forward(self, z_t: Tensor, t: Tensor, c: Tensor, c_mask: Tensor) -> Tensor:
         """The noise in z_t (or v), (B, 8, T/4, 16) -> the same shape; T/4 is a multiple of 8 (of 2^(levels - 1))."""

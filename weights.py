@@ -289,10 +289,11 @@ def check(module: nn.Module, weights: Weights, source: str | Path, names: Names 
 
 
 def load(module: nn.Module, weights: Weights, source: str | Path, names: Names = ()) -> None:
-    """Put every tensor in its place, copied, as float32, once `check` has passed them all."""
+    """Put every tensor in its place, copied, once `check` has passed them all; in a `skeleton`, as float32."""
     copies = {name: weights[name].to("cpu" if tensor.is_meta else tensor.device, torch.float32, copy=True)
               for name, tensor in check(module, weights, source, names).items()}
-    module.load_state_dict(dict(zip(module.state_dict(), copies.values())), assign=True)
+    state = module.state_dict()                          # an optimizer may hold parameters that are there: they stay
+    module.load_state_dict(dict(zip(state, copies.values())), assign=any(tensor.is_meta for tensor in state.values()))
 
 
 def skeleton(module_class, arguments: dict, source: str | Path, most: int = 1000) -> nn.Module:

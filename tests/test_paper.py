@@ -247,8 +247,8 @@ def test_either_both_or_none_of_the_tokens(tokens):
     inputs = batch(unet)
     c, c_mask = unet.condition(inputs["t"], inputs["rate"], inputs["text"], inputs["text_mask"])
     assert c.shape == (2, 5 + len(tokens), 64) and c_mask[:, 5:].all()
-    _, of_numbers = unet.condition(inputs["t"], inputs["rate"], inputs["text"], inputs["text_mask"].float())
-    assert of_numbers.dtype == torch.bool                # attention would add numbers to its scores
+    of_numbers = inputs | {"text_mask": inputs["text_mask"].float()}             # attention would add them to its scores
+    assert torch.equal(predict(unet, **inputs), predict(unet, **of_numbers))
     rate_matters = not torch.equal(predict(unet, **inputs), predict(unet, **(inputs | {"rate": inputs["rate"] + 8000})))
     assert rate_matters == ("rate" in tokens)
 
@@ -332,6 +332,22 @@ def test_padding_changes_no_text_embedding(model):
 def test_generate_gives_the_seconds_asked_for(model, rate):
     wave = model.generate(["a dog", "rain"], rate, seconds=1.01, steps=2)
     assert wave.shape == (2, round(1.01 * rate)) and wave.isfinite().all() and wave.abs().max() <= 1
+
+
+def test_a_callers_autocast_changes_no_sound(model):
+    wave = model.generate(["a dog", "rain"], 16_000, seconds=0.5, steps=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.generate(["a dog", "rain"], 16_000, seconds=0.5, steps=2), wave)
+
+
+def test_only_what_loads_is_saved(tmp_path):
+    model = untrained()
+    model.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model.unet = UNet(**(model.config.unet | {"blocks": 2}))
+    with pytest.raises(ValueError, match="unet.pt"):
+        model.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_seed_fixes_the_sound_whatever_the_batch(model):

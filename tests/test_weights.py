@@ -657,7 +657,9 @@ def test_nothing_is_half_loaded():
         with pytest.raises(ValueError, match=reason):
             weights.load(module, bad, "it")
         assert all(tensor.equal(before[name]) for name, tensor in module.state_dict().items())
+    parameters = list(module.parameters())               # what an optimizer would hold
     weights.load(module, fine, "it")
+    assert all(parameter.eq(1).all() for parameter in parameters)
     fine["1.bias"].zero_()                               # what was loaded is a copy
     assert module[1].bias.tolist() == [1, 1]
 
