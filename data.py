@@ -328,8 +328,8 @@ def read_csv(path: Path) -> list[list[str]]:
                     raise ValueError(f"{path}, line {reader.line_num}: {len(line)} fields between commas, the "
                                      f"first line has {len(lines[0])}; put quotes around a text with a comma")
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not a CSV with commas between its fields, or a quote is left "
-                         f"open ({error})") from None
+        raise ValueError(f"{path}, line {reader.line_num}: not a CSV with commas between its fields, or a quote is "
+                         f"left open ({error})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
     return lines or [[]]

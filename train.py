@@ -10,8 +10,8 @@ writes its losses to vae.csv, vocoder_16000.csv and so on.
 The paper takes AudioLDM's VAE as it is, trains HiFi-GANs, and the LDM on Eq. (3).  Not the paper's but ours, so that
 small networks learn from a few hundred recordings: Muon, the whitened starts (`whiten_patches`, `whiten`), detail and
 flicker in the VAE's loss, its latents' deviation of 0.3 and a decoder trained on DDIM's noise, vocoders without
-discriminators, the balanced loss and rolled clips.  If the preset paper trains a VAE, it takes
-of these the VAE's, without Muon.
+discriminators, the balanced loss and rolled clips.  If the preset paper trains a VAE, it takes of these the VAE's,
+without Muon.
 
 The paper's part is the section on the latent diffusion model: `Latents`, `Objective`, `TrainLDM`.  Before it stand the
 loop of every job, the VAE and the vocoders; after it the command line.
@@ -161,7 +161,7 @@ class Run:
         job = job_of(name)
         sizes = {"vae": self.config.vae, "vocoder": self.config.vocoder,
                  "ldm": [self.config.unet, self.config.text_encoder]}[job]
-        # On another machine, or from another folder, the recordings have other paths.
+        # On another machine, or from another folder, the recordings have other paths.  The LDM alone reads captions.
         data = [[(clip.recording, clip.caption if job == "ldm" else "") for clip in clips]
                 for clips in (self.train, self.val)]
         same = {"the data": digest(data).hex(), "--any-rate": str(self.any_rate),
@@ -290,7 +290,7 @@ def shuffled(items: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(items)
 
 
-def some(items: int, seed: int) -> list[int]:
+def sample_items(items: int, seed: int) -> list[int]:
     """Up to 256 of so many items, at random: enough to see what all are like."""
     return sorted(shuffled(items, seed, 0)[:256].tolist())
 
@@ -574,8 +574,8 @@ class Crops(Dataset):
         return clip.read(rate, start, self.seconds)
 
     def sample(self) -> list:
-        """Crops of `some` items."""
-        return [self[0, i] for i in some(len(self.items), self.seed)]
+        """Crops of up to 256 items, drawn at random."""
+        return [self[0, i] for i in sample_items(len(self.items), self.seed)]
 
 
 class WholeClips(Dataset):
@@ -696,7 +696,7 @@ class TrainVAE:
         vae = copy.deepcopy(self.ema.network)
         if not self.run.decoder_only:
             # Of whole clips, as the LDM takes them, with the silence that may follow; trained on are crops.
-            items = [self.data.items[i] for i in some(len(self.data.items), self.run.seed)]
+            items = [self.data.items[i] for i in sample_items(len(self.data.items), self.run.seed)]
             with autocast(self.run.device, self.run.precision):
                 z = torch.cat([vae.encode(mel.to(self.run.device))[0] for mel in self.run.mels(items)])
             vae.normalize_latents(z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3)))               # z (N, 8, T/4, 16)
@@ -1143,15 +1143,11 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[Clip], list[str]]:
     """The clips to train and to validate on, and a line for each that is left out."""
-    arguments = dict(cache=cache, captions="ldm" in args.jobs, progress=rank() == 0)
-    train, left_out = find_clips(args.data, blacklists=args.blacklist, **arguments)
-    train, low = leave_out_low(train, args)
-    left_out += low
+    train, left_out = find_reaching(args.data, args, cache, blacklists=args.blacklist)
     if args.val_data:
-        val, left_out_of_val = find_clips(args.val_data, split="test", **arguments)
-        val, low = leave_out_low(val, args)
-        return train, val, left_out + left_out_of_val + low
-    # A recording may have several captions.  Jobs of other clips, and with other seeds, get much the same tenth.
+        val, left_out_of_val = find_reaching(args.val_data, args, cache, split="test")
+        return train, val, left_out + left_out_of_val
+    # A recording may have several captions.  Other seeds get the same tenth, and jobs of other clips much the same.
     recordings = sorted({clip.recording for clip in train}, key=digest)
     held_out = set(recordings[:max(1, len(recordings) // 10)])
     val = [clip for clip in train if clip.recording in held_out]
@@ -1162,15 +1158,20 @@ def find_data(args: argparse.Namespace, cache: Cache) -> tuple[list[Clip], list[
     return train, val, left_out
 
 
-def leave_out_low(clips: list[Clip], args: argparse.Namespace) -> tuple[list[Clip], list[str]]:
-    """The clips that reach one of the rates, and a line for each that does not; all if none does, for `Run.items` to
-    refuse."""
-    reaches = {clip: args.any_rate or any(map(clip.reaches, args.rates)) for clip in clips}
-    if not any(reaches.values()):
-        return clips, []
-    low = {clip.path: clip.rate for clip in clips if not reaches[clip]}
-    return ([clip for clip in clips if reaches[clip]],
-            [f"{path}: its {rate} Hz reach none of the rates; --any-rate takes it" for path, rate in low.items()])
+def find_reaching(sources: list[list[Path]], args: argparse.Namespace, cache: Cache,
+                  **more) -> tuple[list[Clip], list[str]]:
+    """What `find_clips` finds, but the clips that reach none of the rates are left out too; unless none reaches any,
+    which `Run.items` refuses."""
+    clips, left_out = find_clips(sources, cache, captions="ldm" in args.jobs, progress=rank() == 0, **more)
+
+    def reaches(clip: Clip) -> bool:
+        return args.any_rate or any(map(clip.reaches, args.rates))
+
+    if not any(map(reaches, clips)):
+        return clips, left_out
+    low = dict.fromkeys(f"{clip.path}: its {clip.rate} Hz reach none of the rates; --any-rate takes it"
+                        for clip in clips if not reaches(clip))        # once, however many captions it has
+    return list(filter(reaches, clips)), left_out + list(low)
 
 
 def find_outputs(args: argparse.Namespace) -> dict[str, list[str]]:

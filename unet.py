@@ -192,8 +192,8 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network in eps_theta of Eq. (3).  The defaults are the paper's: 561.15 M parameters, in float32; autocast
-    computes in less.
+    """The network in eps_theta of Eq. (3).  The defaults are the paper's: 561.15 M parameters, in float32; for bfloat16
+    there is autocast.
 
     widths: channels of the encoder blocks; the decoder has them in reverse.  Multiples of 32.
     heads: attention heads at each of these levels; the last number is the middle block's too.

@@ -960,7 +960,7 @@ def test_clips_below_all_rates_are_named(start, command, tmp_path):
 
 @pytest.mark.parametrize("recordings", [1, 65, 238, 1000])
 def test_some_items_are_of_all_rates(recordings):
-    drawn = train.some(4 * recordings, seed=0)
+    drawn = train.sample_items(4 * recordings, seed=0)
     assert len(set(drawn)) == min(256, 4 * recordings) and {i % 4 for i in drawn} == {0, 1, 2, 3}
 
 
