@@ -16,7 +16,7 @@ import math
 import os
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from tqdm import tqdm
 import weights
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"}
+NOT_READ = {".m4a", ".aac", ".wma", ".webm"}             # libsndfile can't; named, so that nobody thinks they were
 BLOCK = 2 ** 22                                          # samples
 LARGEST_CAPTIONS = 2 ** 30                               # bytes of a JSON file
 
@@ -313,23 +314,28 @@ def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Ro
     if {"filename", "category"} <= set(columns):         # ESC-50
         return [Row([stem(row["filename"])], row["category"].replace("_", " ")) for row in rows]
     raise ValueError(f"{source}: its first line, {','.join(columns)[:80]!r}, has no columns path and caption with a "
-                     f"comma between them, nor is it AudioCaps', ESC-50's or VGGSound's")
+                     f"comma between them, nor AudioCaps', ESC-50's or VGGSound's")
 
 
 def read_csv(path: Path) -> list[list[str]]:
-    """The lines of a CSV, at least one and none longer than the first.  Raises ValueError naming file and line."""
+    """The lines of a CSV, at least one and none longer than the first.  Raises ValueError naming file and line.
+
+    Where a comma is the decimal point, spreadsheets put semicolons between the fields.
+    """
     lines: list[list[str]] = []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True, skipinitialspace=True)
+            names = file.readline()
+            file.seek(0)
+            between = ";" if ";" in names and "," not in names else ","
+            reader = csv.reader(file, delimiter=between, strict=True, skipinitialspace=True)
             for line in filter(None, reader):
                 lines.append(line)
                 if len(line) > len(lines[0]):
-                    raise ValueError(f"{path}, line {reader.line_num}: {len(line)} fields between commas, the "
-                                     f"first line has {len(lines[0])}; put quotes around a text with a comma")
+                    raise ValueError(f"{path}, line {reader.line_num}: {len(line)} fields, the first line has "
+                                     f"{len(lines[0])}; put quotes around a text with a {between!r}")
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not a CSV with commas between its fields, or a quote is "
-                         f"left open ({error})") from None
+        raise ValueError(f"{path}, line {reader.line_num}: not a CSV, or a quote is left open ({error})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
     return lines or [[]]
@@ -349,7 +355,7 @@ def stem(name: object) -> str:
     return path.stem if path.suffix.lower() in SUFFIXES else str(name)
 
 
-def audio_files(folder: Path) -> list[Path]:
+def audio_files(folder: Path, suffixes: Set[str] = SUFFIXES) -> list[Path]:
     """All below a folder, links to folders followed.  Raises OSError for a folder that can't be read."""
     def refuse(error: OSError) -> None:
         raise error
@@ -360,7 +366,7 @@ def audio_files(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(os.path.realpath(place))
-        found += [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+        found += [Path(place, name) for name in names if Path(name).suffix.lower() in suffixes]
     return sorted(found)
 
 
@@ -416,7 +422,7 @@ def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, b
         elif captions:
             raise ValueError(f"{source}: a folder has no captions; name a caption file, then the folder")
         else:
-            rows = [Row([], "", path=path) for path in audio_files(source)]
+            rows = [Row([], "", path=path) for path in audio_files(source, SUFFIXES | NOT_READ)]
         files: dict[str, list[Path]] = {}
         if any(row.path is None for row in rows):
             for path in audio_files(folder):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,22 @@ def test_a_csv_and_a_folder_hold_the_same_clips(clips, cache):
     assert clips[0].caption == "an infant cries loudly"
 
 
+def test_a_spreadsheet_may_put_semicolons_between_the_fields(cache, tmp_path):
+    shutil.copy(CAPTIONS.parent / "dog_bark_1-100032-A.ogg", tmp_path / "a.ogg")
+    (tmp_path / "captions.csv").write_text("path;caption\na.ogg;a dog, then rain\n")
+    (clip,), left_out = find_clips([[tmp_path / "captions.csv"]], cache)
+    assert (clip.path.name, clip.caption) == ("a.ogg", "a dog, then rain") and not left_out
+
+
+def test_audio_that_can_not_be_read_is_named(cache, tmp_path):
+    """As a phone's recordings."""
+    shutil.copy(CAPTIONS.parent / "dog_bark_1-100032-A.ogg", tmp_path / "a.ogg")
+    (tmp_path / "b.m4a").write_bytes(b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(1000))
+    (tmp_path / "notes.txt").touch()
+    clips, (line,) = find_clips([[tmp_path]], cache, captions=False)
+    assert [clip.path.name for clip in clips] == ["a.ogg"] and "b.m4a: not readable audio" in line
+
+
 def test_folders_are_searched_through_links(cache, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "linked").symlink_to(CAPTIONS.parent)
@@ -245,9 +262,10 @@ def test_a_stream_may_promise_more_than_it_holds(tmp_path):
     ("path,text\na.wav,a dog\n", "no columns path"), ("file,caption\na.wav,a dog\n", "no columns path"),
     ("path,caption\na.wav,\n", "has no caption in captions.csv"), ("path,caption\na.wav\n", "has no caption"),
     ("path,caption\nnot_there.wav,a dog\n", "not_there.wav: no such audio file"), ("path,caption\n\xff\xfe", "UTF-8"),
-    ("path,caption\na.wav,a dog, then rain\n", "line 2: 3 fields between commas, .* put quotes"),
+    ("path,caption\na.wav,a dog, then rain\n", "line 2: 3 fields, .* put quotes around a text with a ','"),
+    ("path;caption\na.wav;a dog; then rain\n", "line 2: 3 fields, .* put quotes around a text with a ';'"),
     ('path,caption\na.wav,rain\nb.wav,"a dog\n', "line 3: not a CSV"),
-    ("path;caption\na.wav;a dog\n", "with a comma between them"),
+    ("path|caption\na.wav|a dog\n", "with a comma between them"),
     ("path,caption,caption\na.wav,,a dog\n", "the column caption 2 times"),
     ("a,0,a dog,train\nb,half,a dog,train\n", "not every line is as VGGSound's are"),
     ("a,0,a dog,train\nb,0,a dog\n", "not every line is as VGGSound's are"),
