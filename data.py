@@ -163,7 +163,7 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)                             # what validation leaves in the cache must serve training too
+@torch.inference_mode(False)                             # else training's backward refuses what validation left here
 def resampling_kernels(down: int, up: int) -> tuple[int, list[tuple[int, Tensor]]]:
     """Half the length of the filter, in input samples; and for each 64 phases, which share most of their inputs, the
     first of these and the taps, (phases, 1, taps)."""

@@ -71,7 +71,7 @@ def mel_filters(rate: int, n_fft: int, n_mels: int) -> Tensor:
 
 
 @functools.lru_cache
-@torch.inference_mode(False)                             # what validation leaves in the cache must serve training too
+@torch.inference_mode(False)                             # else training's backward refuses what validation left here
 def mel_constants(rate: int, device: torch.device) -> tuple[Tensor, Tensor]:
     config = RATES[rate]
     window = torch.hann_window(config.n_fft, dtype=torch.float32, device=device)
@@ -148,7 +148,7 @@ class NoiseSchedule:
         """Eq. (2), the reverse process, by DDIM with eta = 0 (Song, Meng, Ermon 2021).
 
         predict_noise: (z_t (B, ...), t: int) -> the noise in z_t, the same shape.  z_T: (B, ...) standard normal.
-        steps: 1 to T.  Returns z_0 in z_T's shape.  `progress` shows a bar.
+        steps: 1 to T.  Returns z_0 in z_T's shape, some noise left in it (see below).  `progress` shows a bar.
         """
         timesteps = self.ddim_timesteps(steps)
         # Eq. (2): p_theta(z_0:T | psi(P), Sr) = p_theta(z_T) times all p_theta(z_t-1 | z_t, c).  Each turn
@@ -168,9 +168,10 @@ class NoiseSchedule:
 
 def eps_theta(unet: UNet, schedule: NoiseSchedule, z_t: Tensor, t: Tensor, rate: Tensor, text: Tensor,
               text_mask: Tensor) -> Tensor:
-    """eps_theta(z_t, t, c): the noise that the network sees in z_t (B, 8, T/4, 16), whether it predicts eps or v.
+    """eps_theta(z_t, t, c), the noise in z_t (B, 8, T/4, 16): makes c, runs the U-Net, and turns v into eps where it
+    predicts v.
 
-    t (index), rate (Hz): (B,).  text (B, N, d), text_mask (B, N): psi(P), or psi("") for c_null.  They make c.
+    t (index), rate (Hz): (B,).  text (B, N, d), text_mask (B, N): psi(P), or psi("") for c_null.
     """
     c, c_mask = unet.condition(t, rate, text, text_mask)
     predicted = unet(z_t, t, c, c_mask)
@@ -228,7 +229,8 @@ T5_NAMES = [
 
 
 class T5Attention(nn.Module):
-    """Self-attention with a position bias and, unlike elsewhere, no division by sqrt(head_width), on (B, N, d)."""
+    """Self-attention with a position bias and, unlike elsewhere, no division by sqrt(head_width); x (B, N, d), bias
+    (B, heads, N, N) -> (B, N, d)."""
 
     def __init__(self, width: int, heads: int, head_width: int):
         super().__init__()
@@ -258,6 +260,8 @@ class T5FeedForward(nn.Module):
 
 
 class T5Block(nn.Module):
+    """Attention and feed-forward, each with a norm before it; x (B, N, d), bias (B, heads, N, N) -> (B, N, d)."""
+
     def __init__(self, width: int, heads: int, head_width: int, ff_width: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
@@ -300,7 +304,8 @@ class TextEncoder(nn.Module):
         self.final_norm = nn.RMSNorm(width, eps=1e-6)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """A start much as T5's, but for a wider position bias: normal weights, of variance 1 / (a layer's inputs)."""
+        """A start much as T5's: normal weights, of variance 1 / (a layer's inputs), 1 for the embedding, and for the
+        position bias 1 / heads, more than T5's."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:                                               # norms
                 continue

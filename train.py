@@ -3,15 +3,15 @@
     python train.py vae vocoder ldm --data clips.csv --preset tiny --checkpoint runs/tiny
     torchrun --nproc_per_node=8 train.py ldm --data clips.csv --checkpoint runs/paper
 
-Sections II-B, II-C and III, Fig. 1 ("training").  The three jobs can run in one call or one by one into the same
+Sections II-B, II-C and III, Fig. 1.  The three jobs can run in one call or one by one into the same
 folder; the LDM needs the VAE.  Each keeps the weights with the best validation loss, in moving average (EMA), and
 writes its losses to vae.csv, vocoder_16000.csv and so on.
 
 The paper takes AudioLDM's VAE as it is, trains HiFi-GANs, and the LDM on Eq. (3).  Not the paper's but ours, so that
 small networks learn from a few hundred recordings: Muon, the whitened starts (`whiten_patches`, `whiten`), detail and
 flicker in the VAE's loss, its latents' deviation of 0.3 and a decoder trained on DDIM's noise, vocoders without
-discriminators, the balanced loss and rolled clips.  If the preset paper trains a VAE, it takes of these the VAE's,
-without Muon.
+discriminators, the balanced loss and rolled clips.  The preset paper takes none of them but, if it trains a VAE,
+the VAE's without Muon.
 
 The paper's part is the section on the latent diffusion model: `Latents`, `Objective`, `TrainLDM`.  Before it stand the
 loop of every job, the VAE and the vocoders; after it the command line.
@@ -101,9 +101,9 @@ SETTINGS = {
     },
 }
 KL_WEIGHT = 3e-4                                         # of the KL against the L1, both means
-# Standard deviation of z_0.  Since alpha_bar_T is 0.005 and not 0, z_T still tells something of z_0, at 1 nearly all of
-# how loud the whole clip is; but sampling starts from noise that tells nothing, and all clips would come out equally
-# loud.  At 0.3 it tells less.  The same as a schedule whose signal-to-noise ratio is 11 times lower.
+# Standard deviation of z_0.  Since alpha_bar_T is 0.005 and not 0, z_T tells in training how loud a clip is, and in
+# sampling, where it is noise, nothing: at a deviation of 1 all clips would come out equally loud.  At 0.3 it tells
+# less: the signal-to-noise ratio is 11 times lower at every t.
 LATENT_STD = 0.3
 NULL_CAPTIONS = 0.1                                      # share of captions emptied, for Eq. (4)
 EMA_DECAY = 0.999
@@ -846,8 +846,8 @@ class Latents(Dataset):
     """What Eq. (3) takes of each item: z_0 (8, T/4, 16), eps, t, rate, and psi (N, d) of its caption, or the caption's
     token ids (N,) where the text encoder is trained along.
 
-    places: (items, 2), where the cache has each item's latent.  texts: caption -> its token ids, a list, or where the
-    cache has its psi and how wide that is, a tuple.  rolled: z_0 is rolled in time, by a random part of its length;
+    places: (items, 2), where the cache has each item's latent.  texts: caption -> [token ids], or
+    (start, size, d) of its psi in the cache.  rolled: z_0 is rolled in time, by a random part of its length;
     else a few hundred recordings are soon known by heart.  times: of the items, fixed, for validation, where no caption
     is emptied.  All that is random comes from (seed, epoch, item).
     """
@@ -888,9 +888,9 @@ class Latents(Dataset):
 def blind_loss(alpha_bar: Tensor, std: float) -> Tensor:
     """What Eq. (3) is for one who knows nothing of z_0 but its standard deviation and guesses eps from z_t.
 
-    At a deviation of 0.3, 1 at the first t and 0.001 at t = 900: nearly all of Eq. (3) is about fine detail.  At large
-    t the outline is decided, that of a class at a rate, but it hardly counts, so a small network learns it late.
-    Divided by this, Eq. (3) counts at all t alike: the weights of Karras et al. 2022 (EDM), with t uniform.
+    With std = 0.3 it falls from 0.99 at the first t to 0.001 at t = 900: nearly all of Eq. (3) is about fine detail.
+    At large t the outline is decided, that of a class at a rate, but it hardly counts, so a small network learns it
+    late.  Divided by this, Eq. (3) counts at all t alike: the weights of Karras et al. 2022 (EDM), with t uniform.
     """
     signal = alpha_bar * std ** 2
     return signal / (signal + 1 - alpha_bar)
@@ -955,7 +955,7 @@ class TrainLDM:
             texts = {caption: (int(start), int(size), unet.context_width)
                      for caption, (start, size) in zip(captions, places)}
         train, val = run.items(run.train), run.items(run.val)
-        val = val * max(1, 10 * len(run.rates) // len(val))            # few clips are validated on at several t each
+        val = val * max(1, 10 * len(run.rates) // len(val))            # few clips come again, each time at another t
         keys = [digest("latent", vae_digest, run.precision, config.seconds, rate, clip.digest)
                 for clip, rate in train + val]
         places = self.find_or_compute(train + val, keys, run.mels, partial(self.encode_mel, vae), "latents")

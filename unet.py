@@ -1,6 +1,6 @@
-"""The U-Net eps_theta(z_t, t, c), and how the time step, the sampling rate and the text become its condition c.
+"""The U-Net of eps_theta(z_t, t, c), and how the time step, the sampling rate and the text become its condition c.
 
-Sections II-A and III-B, Fig. 1 ("LDM").  Stable Diffusion's U-Net at the paper's widths: four encoder blocks, a
+Sections II-A and III-B, Fig. 1.  Stable Diffusion's U-Net at the paper's widths: four encoder blocks, a
 middle block and four decoder blocks over the latent "image" (time x frequency), with cross-attention to c:
 
     condition   t (B,), rate (B,) in Hz, text (B, N, d) -> c (B, N + 2, d), c_mask (B, N + 2)
@@ -129,7 +129,8 @@ class Transformer(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """An encoder block.  Leaves each of its outputs in `skips`, and ends in half the size unless it is the last.
+    """An encoder block, (B, C_in, H, W) -> (B, c_out, H/2, W/2).  Leaves each of its outputs in `skips`; the last block
+    keeps the size.
 
     c_ins: channels that each residual block takes; each gives c_out, and a transformer follows where there are heads.
     """
@@ -154,7 +155,8 @@ class DownBlock(nn.Module):
 
 
 class MiddleBlock(nn.Module):
-    """Residual block, transformer, residual block; the first alone where there are no heads, as in diffusers."""
+    """Residual block, transformer, residual block, (B, C, H, W) -> (B, C, H, W); the first alone where there are no
+    heads, as in diffusers."""
 
     def __init__(self, channels: int, heads: int, context_width: int, time_width: int, groups: int):
         super().__init__()
@@ -169,7 +171,8 @@ class MiddleBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """A decoder block.  Takes back what the encoder left in `skips`, and ends in twice the size unless it is the last.
+    """A decoder block, (B, C_in, H, W) -> (B, c_out, 2H, 2W).  Takes back what the encoder left in `skips`; the last
+    block keeps the size.
 
     c_ins: channels that each residual block takes; each gives c_out, and a transformer follows where there are heads.
     """
@@ -244,7 +247,8 @@ class UNet(nn.Module):
         heads_at = [head if attends else 0 for head, attends in zip(heads, cross_attention)]
 
         self.down_blocks = nn.ModuleList()
-        skip_channels = [widths[0]]                      # in the order of `skips` in forward
+        # In the order of `skips` in forward.  Paper: 320 x 4, 640 x 6, 1280 x 2; a decoder block takes three of them.
+        skip_channels = [widths[0]]
         c_in = widths[0]
         for level, width in enumerate(widths):
             c_ins = [c_in if i == 0 else width for i in range(blocks)]
@@ -276,7 +280,7 @@ class UNet(nn.Module):
         tokens = []
         if self.time_token is not None:
             tokens.append(self.time_token(sinusoid(t, self.context_width))[:, None])             # (B, 1, d)
-        if self.rate_token is not None:                  # in kHz: in Hz most sinusoids pass whole periods between rates
+        if self.rate_token is not None:                  # in kHz, so that near rates are alike; in Hz all are far apart
             tokens.append(self.rate_token(sinusoid(rate / 1000, self.context_width))[:, None])   # (B, 1, d)
         c = torch.cat([text, *tokens], dim=1)                                                    # (B, N + 2, d)
         return c, F.pad(text_mask, (0, len(tokens)), value=True)                                 # (B, N + 2)

@@ -1,14 +1,14 @@
 """AudioLDM's variational auto-encoder: the perceptual compression between log-mels and latents.
 
-Section II-A and Fig. 1 ("Audio VAE").  A mel of T frames x 64 bands is treated as an image with one
-channel and becomes a latent with 8 channels, a quarter as long and a quarter as high:
+Section II-A and Fig. 1.  A mel of T frames x 64 bands is treated as an image with one channel and becomes a latent
+with 8 channels, a quarter as long and a quarter as high:
 
     encode   mel (B, T, 64) -> mean, logvar, each (B, 8, T/4, 16)        T a multiple of 4
     decode   z (B, 8, T/4, 16) -> mel (B, T, 64)
 
-A mel has 100 frames a second at every sampling rate, so this one network serves all four rates.
-The moments are unscaled.  The diffusion model's z_0 = scale_factor * z, undone before decoding;
-its standard deviation is 1 with AudioLDM's VAE, 0.3 with one trained here (train.py: LATENT_STD).
+A mel has 100 frames a second at every sampling rate, so this one network serves all four rates.  The moments are
+unscaled.  The diffusion model's z_0 = scale_factor * z, undone before decoding; its standard deviation is 1 with
+AudioLDM's VAE, 0.3 with one trained here (train.py: LATENT_STD).
 """
 import warnings
 from pathlib import Path
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
 
 class Middle(nn.Module):
-    """The bottom of both halves: residual block, attention, residual block."""
+    """The bottom of both halves, (B, C, H, W) -> (B, C, H, W): residual block, attention, residual block."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -124,7 +124,7 @@ class Upsample(nn.Module):
 
 
 class DownLevel(nn.Module):
-    """The encoder at one resolution: residual blocks, then half the size unless it is the last."""
+    """The encoder at one resolution, (B, c_in, H, W) -> (B, c_out, H/2, W/2); the last keeps the size."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
         super().__init__()
@@ -136,7 +136,7 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """The decoder at one resolution: residual blocks, then twice the size unless it is the last."""
+    """The decoder at one resolution, (B, c_in, H, W) -> (B, c_out, 2H, 2W); the last keeps the size."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
         super().__init__()
@@ -228,8 +228,8 @@ class VAE(nn.Module):
             unless --decoder-only.
         """
         mean, logvar = self.encode(mel)
-        logvar_of_both = torch.log(logvar.exp() + ddim_noise ** 2)                # independent noises' variances add
-        return self.decode(sample_posterior(mean, logvar_of_both, eps)), mean, logvar
+        std = (logvar.exp() + ddim_noise ** 2).sqrt()                              # independent noises' variances add
+        return self.decode(mean + std * eps), mean, logvar
 
     @torch.no_grad()
     def normalize_latents(self, mean: Tensor, std: Tensor) -> None:
@@ -310,8 +310,7 @@ def vae_loss(mel: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor, kl_weig
     error = decoded - mel
     l1 = error.abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    # Flicker tells the rates apart but weighs little in the L1, so differences in time and frequency get a loss of
-    # their own.
+    # What tells the rates apart, differences between neighbours, weighs little in the L1.
     detail = error.diff(dim=1).abs().mean() + error.diff(dim=2).abs().mean()
     # An L1 is least at the median of what may be, so what can't be foretold is smoothed away: rain without its texture.
     # AudioLDM's VAE has a discriminator against it; here, asking for the recording's flicker is enough.

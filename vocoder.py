@@ -1,6 +1,6 @@
 """HiFi-GAN: the vocoder that turns log-mels into sound, and the discriminators and losses that train it.
 
-Sections II-B and III-B, Fig. 1 ("Vocoder"); Kong, Kim, Bae 2020.  There is one generator for each sampling rate, all
+Sections II-B and III-B, Fig. 1; Kong, Kim, Bae 2020.  There is one generator for each sampling rate, all
 with AudioLDM's structure; only the strides differ, because their product is the hop:
 
     Generator                  mel (B, T, 64) -> wave (B, T * hop), in [-1, 1]
@@ -245,7 +245,7 @@ class Discriminators(nn.Module):
         tensors = {name: tensor for name, tensor in weights.read(path).items() if name.startswith(("mpd.", "msd."))}
         sizes = {"mpd_channels": weights.shape_of(tensors, "mpd.discriminators.0.convs.0.bias", 1, path)[0],
                  "msd_channels": weights.shape_of(tensors, "msd.discriminators.0.convs.0.bias", 1, path)[0]}
-        return weights.build(cls, sizes, tensors, path, DISCRIMINATOR_NAMES).train()
+        return weights.build(cls, sizes, tensors, path, DISCRIMINATOR_NAMES)
 
 
 def discriminator_loss(real: Judged, generated: Judged) -> Tensor:
