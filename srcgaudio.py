@@ -671,8 +671,8 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()             # a meta device holds no numbers
-    except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(f"there is no device {name!r} here; try --device cpu") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"the device {name!r} can't be used ({weights.first_line(error)}); try --device cpu") from None
     return device
 
 
@@ -708,8 +708,9 @@ def exit_cleanly(main) -> None:
         line = (str(error).strip() or type(error).__name__).splitlines()[-1]     # a worker's comes with its traceback
         print(f"error: {line.removeprefix('ValueError: ')}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:         # torch has a class of its own for a GPU's memory alone
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+    except (MemoryError, RuntimeError) as error:
+        of_memory = ("can't allocate memory", "out of memory", "ALLOC_FAILED")   # the CPU's, CUDA's, its libraries'
+        if isinstance(error, MemoryError) or any(words in str(error) for words in of_memory):
             line = "the memory is full; a smaller --batch takes less, and train.py has --accumulate"
         elif str(error).startswith("DataLoader worker ("):           # not what one raised: that is "Caught ..."
             line = "a process that reads data was killed, perhaps for want of memory; fewer --workers take less"

@@ -236,7 +236,7 @@ def main_process_first() -> Iterator[None]:
 
 def distribute(network: nn.Module) -> nn.Module:
     """The same network; its gradients come out of backward() as means over all processes."""
-    return DistributedDataParallel(network) if processes() > 1 else network
+    return DistributedDataParallel(network, gradient_as_bucket_view=True) if processes() > 1 else network
 
 
 def mean_over_processes(values: dict[str, Tensor]) -> dict[str, float]:
@@ -1106,7 +1106,8 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
-    add("--workers", type=int, default=2, help="processes that read data, for each that trains (default: 2)")
+    add("--workers", type=int, default=2,
+        help="processes that read data, for each that trains (default: 2; a fast GPU waits for them)")
     args = parser.parse_args()
     args.rates = sorted(set(args.rates or RATES))        # each once
     args.cache = args.cache or args.checkpoint.parent / "cache"
@@ -1394,6 +1395,9 @@ def main() -> None:
     if torchrun and torch.cuda.is_available() and args.device in ("auto", "cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(args.device)
+    if device.type == "cuda":
+        # cuDNN's, which torch prefers on an H100, can give NaN gradients under a mask (pytorch issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if torchrun:
         if device.type == "cuda":
             torch.cuda.set_device(device)

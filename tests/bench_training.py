@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -84,6 +85,9 @@ def measure_speed(data: Path) -> None:
 def measure_memory() -> None:
     """Bytes that autograd keeps, in bfloat16, by hooks on every tensor that it saves; two batches give the slope."""
     unet = UNet().to(memory_format=torch.channels_last)
+    for module in unet.modules():                        # autocast takes these in float32 on a GPU, not on a CPU
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     own = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
 
     def kept(batch: int) -> float:

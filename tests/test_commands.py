@@ -481,9 +481,13 @@ class Doing(Dataset):
 
 
 def test_a_full_memory_is_one_line(capsys):
-    with pytest.raises(SystemExit) as end:
-        exit_cleanly(lambda: torch.empty(2 ** 50))
-    one_line(end.value.code, capsys.readouterr().err, "memory is full", "--batch")
+    def fill_a_gpu():
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    for fill in (lambda: torch.empty(2 ** 50), fill_a_gpu):
+        with pytest.raises(SystemExit) as end:
+            exit_cleanly(fill)
+        one_line(end.value.code, capsys.readouterr().err, "memory is full", "--batch")
     with pytest.raises(SystemExit) as end:
         exit_cleanly(lambda: list(DataLoader(Doing(lambda: os.kill(os.getpid(), signal.SIGKILL)), num_workers=1)))
     one_line(end.value.code, capsys.readouterr().err, "reads data was killed", "--workers")
