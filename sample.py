@@ -146,11 +146,10 @@ def write_wav(wave: Tensor, rate: int, path: Path) -> None:
 
 def draw(wave: Tensor, rate: int, title: str, path: Path) -> None:
     """The log-mel of a wave (L,) as a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
     mel = mel_spectrogram(wave[None], rate)[0]                                    # (T, 64)
     image = axes.imshow(mel.T.numpy(), origin="lower", aspect="auto", vmin=-11.5, vmax=2,
                         extent=(0, len(wave) / rate, 0, RATES[rate].n_mels))
@@ -158,7 +157,6 @@ def draw(wave: Tensor, rate: int, title: str, path: Path) -> None:
     axes.set(xlabel="seconds", ylabel=f"mel band, 0 to {rate // 2000} kHz")
     figure.colorbar(image, label="log magnitude")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def main() -> None:

@@ -535,23 +535,20 @@ def open_log(path: Path, size: int):
 
 def draw_losses(path: Path) -> None:
     """Draw a log of losses, as a .png beside it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     curves = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             curves.setdefault(row["name"], []).append((int(row["step"]), float(row["value"])))
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
-    for axes, kind in zip(panels, ("train", "val")):
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2), ("train", "val")):
         for name, points in curves.items():
             if name.startswith(kind):
                 axes.plot(*zip(*points), marker="." if kind == "val" else "", label=name.removeprefix(f"{kind}_"))
         axes.set(title=f"{path.stem}, {kind}", xlabel="step", yscale="log")
         axes.legend()
     figure.savefig(path.with_suffix(".png"), dpi=100)
-    pyplot.close(figure)
 
 
 def mean_by_rate(losses: dict[int, list[float]]) -> dict[str, float]:

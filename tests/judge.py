@@ -172,14 +172,12 @@ class Recordings:
 
 def draw(pairs: list[tuple[str, Tensor, Tensor]], path: Path) -> None:
     """Pairs of mels (T, 64), a real one above a generated one, each pair a column; five columns a row."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     columns = min(5, len(pairs))
     rows = -(-len(pairs) // columns)
-    figure, axes = pyplot.subplots(2 * rows, columns, figsize=(2.4 * columns, 3 * rows), layout="constrained",
-                                   squeeze=False)
+    figure = Figure(figsize=(2.4 * columns, 3 * rows), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
     for i, (title, *mels) in enumerate(pairs):
         for kind, mel, row in zip(("real", "generated"), mels, (0, 1)):
             panel = axes[2 * (i // columns) + row, i % columns]
@@ -187,7 +185,6 @@ def draw(pairs: list[tuple[str, Tensor, Tensor]], path: Path) -> None:
             panel.set_title(f"{title}, {kind}", fontsize=8)
             panel.set_axis_off()
     figure.savefig(path, dpi=90)
-    pyplot.close(figure)
 
 
 def parse() -> argparse.Namespace:
