@@ -525,10 +525,8 @@ def open_log(path: Path, size: int):
     """The file of losses, cut back to `size` bytes: what came after them comes again.  Only rank 0 keeps one."""
     if rank() > 0:
         return open(os.devnull, "w")
-    path.touch()
-    os.truncate(path, min(size, path.stat().st_size))
     file = open(path, "a", newline="", buffering=1)
-    if file.tell() == 0:
+    if file.truncate(min(size, file.tell())) == 0:
         file.write(LOG_HEADER)
     return file
 
