@@ -1159,15 +1159,11 @@ def find_reaching(sources: list[list[Path]], args: argparse.Namespace, cache: Ca
     """What `find_clips` finds, but the clips that reach none of the rates are left out too; unless none reaches any,
     which `Run.items` refuses."""
     clips, left_out = find_clips(sources, cache, captions="ldm" in args.jobs, progress=rank() == 0, **more)
-
-    def reaches(clip: Clip) -> bool:
-        return args.any_rate or any(map(clip.reaches, args.rates))
-
-    if not any(map(reaches, clips)):
-        return clips, left_out
+    lowest = 0 if args.any_rate else min(args.rates)     # a clip that reaches any rate reaches that
+    reaching = [clip for clip in clips if clip.reaches(lowest)]
     low = dict.fromkeys(f"{clip.path}: its {clip.rate} Hz reach none of the rates; --any-rate takes it"
-                        for clip in clips if not reaches(clip))        # once, however many captions it has
-    return list(filter(reaches, clips)), left_out + list(low)
+                        for clip in clips if not clip.reaches(lowest))           # once, however many captions it has
+    return (reaching, left_out + list(low)) if reaching else (clips, left_out)
 
 
 def find_outputs(args: argparse.Namespace) -> dict[str, list[str]]:
