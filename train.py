@@ -1219,8 +1219,8 @@ def find_copies(args: argparse.Namespace, config: Config, outputs: dict[str, lis
             and path.name not in not_copied and not (args.checkpoint / path.name).exists()]
 
 
-def pick_config(args: argparse.Namespace) -> Config:
-    """The sizes: those of the checkpoint, or of the one to start from, or the preset's."""
+def pick_config(args: argparse.Namespace) -> tuple[Config, Path]:
+    """The sizes: those of the checkpoint, or of the one to start from, or the preset's; and the folder they are of."""
     source = args.checkpoint if (args.checkpoint / "config.json").exists() else args.start_from
     config = SRCgAudio.load_config(source) if source else PRESETS[args.preset or "small"]
     if args.preset not in (None, config.preset):
@@ -1239,9 +1239,7 @@ def pick_config(args: argparse.Namespace) -> Config:
         # Until a new U-Net is saved, config.json must fit the old one.
         raise ValueError(f"{source / 'unet.pt'} was not trained with this --flan-t5 or --no-rate-token; name another "
                          f"--checkpoint")
-    if source:
-        check_sizes(args.jobs, config, source / "config.json")
-    return config
+    return config, source or args.checkpoint
 
 
 def check_ldm(args: argparse.Namespace, config: Config) -> None:
@@ -1261,34 +1259,30 @@ def check_ldm(args: argparse.Namespace, config: Config) -> None:
         raise ValueError(f"{folder}: no vae.pt; the LDM lives in the latents of a VAE: train that first (job vae)")
 
 
-def check_start(jobs: list[str], config: Config, start: Path) -> None:
-    """Raises ValueError if a file of weights that a job may start from is damaged or of other sizes."""
+def check_networks(args: argparse.Namespace, config: Config, source: Path) -> None:
+    """Raises ValueError if no networks of these sizes, which `source` names, can be made, if a clip is no whole latent
+    for them, or if a file of weights that a job may start from is damaged or of other sizes."""
     parts = [("vae", "vae.pt", VAE, config.vae), ("ldm", "unet.pt", UNet, config.unet)]
     for rate in RATES:
         parts.append(("vocoder", f"vocoder_{rate}.pt", Generator, config.vocoder | {"strides": STRIDES[rate]}))
-        if widths := SETTINGS[config.preset]["vocoder"].discriminators:
-            sizes = dict(zip(("mpd_channels", "msd_channels"), widths))
-            parts.append(("vocoder", f"discriminators_{rate}.pt", Discriminators, sizes))
-    for job, name, cls, sizes in parts:
-        if job in jobs and (path := find_file(name, start)):
-            try:
-                weights.check(weights.skeleton(cls, sizes, path), weights.read(path), path)
-            except ValueError as error:
-                raise ValueError(f"{error}; if {name} is taken out of the folder, training starts without it") from None
-
-
-def check_sizes(jobs: list[str], config: Config, source: Path) -> None:
-    """Raises ValueError if no networks of these sizes can be made, or if a clip is no whole latent for them."""
-    sizes = {"vae": (VAE, config.vae), "ldm": (UNet, config.unet),
-             "vocoder": (Generator, config.vocoder | {"strides": STRIDES[16_000]})}
+        widths, name = SETTINGS[config.preset]["vocoder"].discriminators, f"discriminators_{rate}.pt"
+        if widths and find_file(name, args.start_from):  # else not: it takes a second to make them
+            parts.append(("vocoder", name, Discriminators, dict(zip(("mpd_channels", "msd_channels"), widths))))
     frames = 4                                           # of a mel for one of the latent
-    for job in jobs:
-        network = weights.skeleton(*sizes[job], source)
+    for job, name, cls, sizes in parts:
+        if job not in args.jobs:
+            continue
+        network = weights.skeleton(cls, sizes, source)
         if job == "ldm":
             frames *= network.multiple
             if isinstance(config.text_encoder, dict):
                 check_widths(weights.skeleton(TextEncoder, config.text_encoder, source), network, source)
-    if jobs != ["vocoder"] and round(config.seconds * FRAMES_PER_SECOND) % frames:
+        if path := find_file(name, args.start_from):
+            try:
+                weights.check(network, weights.read(path), path)
+            except ValueError as error:
+                raise ValueError(f"{error}; if {name} is taken out of the folder, training starts without it") from None
+    if args.jobs != ["vocoder"] and round(config.seconds * FRAMES_PER_SECOND) % frames:
         raise ValueError(f"{source}: seconds must be a multiple of {frames / FRAMES_PER_SECOND} for these networks, "
                          f"got {config.seconds}")
 
@@ -1324,12 +1318,11 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
     """Check what can be checked before the first step; only then is anything but the cache written or deleted."""
     check_arguments(args)
     folder, outputs = args.checkpoint, find_outputs(args)
-    config = pick_config(args)
+    config, source = pick_config(args)
     copies = find_copies(args, config, outputs) if args.start_from else []
     if "ldm" in args.jobs:
         check_ldm(args, config)
-    if args.start_from:
-        check_start(args.jobs, config, args.start_from)
+    check_networks(args, config, source / "config.json")
     settings = pick_settings(args, config)
     cache = Cache(args.cache)
     train, val, left_out = find_data(args, cache)
