@@ -561,12 +561,11 @@ def parse() -> argparse.Namespace:
     add("--flan-t5", type=Path, metavar="PATH",
         help="a FLAN-T5 folder; or Tango's pytorch_model_main.bin with FLAN-T5's spiece.model beside it")
 
-    exporting = commands.add_parser("export", parents=[overwrite], help="write folders for diffusers and transformers")
-    exporting.add_argument("--checkpoint", required=True, type=Path, metavar="FOLDER")
-    exporting.add_argument("--out", required=True, type=Path, metavar="FOLDER")
-    halving = commands.add_parser("halve", parents=[overwrite], help="copy a checkpoint in float16")
-    halving.add_argument("--checkpoint", required=True, type=Path, metavar="FOLDER")
-    halving.add_argument("--out", required=True, type=Path, metavar="FOLDER")
+    copying = argparse.ArgumentParser(add_help=False, parents=[overwrite])
+    copying.add_argument("--checkpoint", required=True, type=Path, metavar="FOLDER")
+    copying.add_argument("--out", required=True, type=Path, metavar="FOLDER")
+    commands.add_parser("export", parents=[copying], help="write folders for diffusers and transformers")
+    commands.add_parser("halve", parents=[copying], help="copy a checkpoint in float16")
 
     args = parser.parse_args()
     if args.command == "import":
