@@ -638,8 +638,7 @@ def whiten_patches(vae: VAE, mels: Tensor) -> None:
 
 
 class TrainVAE:
-    collate = None
-    identity = {}
+    collate, identity = None, {}
 
     def __init__(self, run: Run, settings: Settings):
         self.run = run
@@ -724,8 +723,7 @@ class TrainVocoder:
     """The generator computes in float32, as in SRCgAudio.generate: in bfloat16 it learns to make up for rounding noise,
     and without that noise is too quiet.  The discriminators compute in the run's precision."""
 
-    collate = None
-    identity = {}
+    collate, identity = None, {}
 
     def __init__(self, rate: int, run: Run, settings: Settings):
         self.run, self.rate = run, rate
@@ -963,8 +961,7 @@ class TrainLDM:
         run, config = self.run, self.run.config
         if isinstance(config.text_encoder, str):
             return SRCgAudio.load_text_encoder(run.folder)
-        path = find_file("text_encoder.pt", run.start, run.folder)
-        if path:
+        if path := find_file("text_encoder.pt", run.start, run.folder):
             return SRCgAudio.load_text_encoder(path.parent)
         encoder = TextEncoder(**config.text_encoder)
         encoder.initialize(torch.Generator().manual_seed(run.seed))
@@ -988,8 +985,7 @@ class TrainLDM:
         return np.array([cache.find(key) for key in keys])
 
     def encode_mel(self, vae: VAE, mel: Tensor) -> Tensor:
-        mean, logvar = vae.encode(mel.to(self.run.device))                                   # (1, 8, T/4, 16) each
-        return torch.cat([mean, logvar])                                                     # (2, 8, T/4, 16)
+        return torch.cat(vae.encode(mel.to(self.run.device)))          # mean and logvar, (2, 8, T/4, 16)
 
     def encode_caption(self, caption: str) -> Tensor:
         return self.text_encoder.encode([caption])[0][0]                                     # (N, d)
