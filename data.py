@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -325,10 +325,9 @@ def read_csv(path: Path) -> list[list[str]]:
     lines: list[list[str]] = []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            names = file.readline()
-            file.seek(0)
-            between = ";" if ";" in names and "," not in names else ","
-            reader = csv.reader(file, delimiter=between, strict=True, skipinitialspace=True)
+            first = file.readline()
+            between = ";" if ";" in first and "," not in first else ","
+            reader = csv.reader(chain([first], file), delimiter=between, strict=True, skipinitialspace=True)
             for line in filter(None, reader):
                 lines.append(line)
                 if len(line) > len(lines[0]):

@@ -638,7 +638,8 @@ def whiten_patches(vae: VAE, mels: Tensor) -> None:
 
 
 class TrainVAE:
-    collate, identity = None, {}
+    collate = None
+    identity = {}
 
     def __init__(self, run: Run, settings: Settings):
         self.run = run
@@ -723,7 +724,8 @@ class TrainVocoder:
     """The generator computes in float32, as in SRCgAudio.generate: in bfloat16 it learns to make up for rounding noise,
     and without that noise is too quiet.  The discriminators compute in the run's precision."""
 
-    collate, identity = None, {}
+    collate = None
+    identity = {}
 
     def __init__(self, rate: int, run: Run, settings: Settings):
         self.run, self.rate = run, rate
