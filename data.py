@@ -318,15 +318,12 @@ def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Ro
 
 
 def read_csv(path: Path) -> list[list[str]]:
-    """The lines of a CSV, at least one and none longer than the first.  Raises ValueError naming file and line.
-
-    Where a comma is the decimal point, spreadsheets put semicolons between the fields.
-    """
+    """The lines of a CSV, at least one and none longer than the first.  Raises ValueError naming file and line."""
     lines: list[list[str]] = []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             first = file.readline()
-            between = ";" if ";" in first and "," not in first else ","
+            between = "," if "," in first else ";"       # a spreadsheet's, where the comma is the decimal point
             reader = csv.reader(chain([first], file), delimiter=between, strict=True, skipinitialspace=True)
             for line in filter(None, reader):
                 lines.append(line)
@@ -355,7 +352,7 @@ def stem(name: object) -> str:
 
 
 def audio_files(folder: Path, suffixes: Set[str] = SUFFIXES) -> list[Path]:
-    """All below a folder, links to folders followed.  Raises OSError for a folder that can't be read."""
+    """All of these kinds below a folder, links followed.  Raises OSError for a folder that can't be read."""
     def refuse(error: OSError) -> None:
         raise error
 

@@ -2,9 +2,9 @@
 
     python sample.py "a dog barks" --rate 48000
 
-Fig. 1 and Section III-B: DDIM with 200 steps, guidance scale 3 unless the checkpoint names
-another.  Prompts come from the command line or from a file: one a line, or a CSV with the columns id and caption,
-whose ids name the files (as a test set has them).
+Fig. 1 and Section III-B: DDIM with 200 steps, guidance scale 3 unless the checkpoint names another.  Prompts come
+from the command line or from a file: one a line, or a CSV with the columns id and caption, whose ids name the files (as
+a test set has them).
 """
 import argparse
 import importlib.util

@@ -3,9 +3,9 @@
     python train.py vae vocoder ldm --data clips.csv --preset tiny --checkpoint runs/tiny
     torchrun --nproc_per_node=8 train.py ldm --data clips.csv --checkpoint runs/paper
 
-Sections II-B, II-C and III, Fig. 1.  The three jobs can run in one call or one by one into the same
-folder; the LDM needs the VAE.  Each keeps the weights with the best validation loss, in moving average (EMA), and
-writes its losses to vae.csv, vocoder_16000.csv and so on.
+Sections II-B, II-C and III, Fig. 1.  The three jobs can run in one call or one by one into the same folder; the LDM
+needs the VAE.  Each keeps the weights with the best validation loss, in moving average (EMA), and writes its losses to
+vae.csv, vocoder_16000.csv and so on.
 
 The paper takes AudioLDM's VAE as it is, trains HiFi-GANs, and the LDM on Eq. (3).  Not the paper's but ours, so that
 small networks learn from a few hundred recordings: Muon, the whitened starts (`whiten_patches`, `whiten`), detail and
@@ -841,10 +841,10 @@ class Latents(Dataset):
     """What Eq. (3) takes of each item: z_0 (8, T/4, 16), eps, t, rate, and psi (N, d) of its caption, or the caption's
     token ids (N,) where the text encoder is trained along.
 
-    places: (items, 2), where the cache has each item's latent.  texts: caption -> [token ids], or
-    (start, size, d) of its psi in the cache.  rolled: z_0 is rolled in time, by a random part of its length;
-    else a few hundred recordings are soon known by heart.  times: of the items, fixed, for validation, where no caption
-    is emptied.  All that is random comes from (seed, epoch, item).
+    places: (items, 2), where the cache has each item's latent.  texts: caption -> [token ids], or (start, size,
+    d) of its psi in the cache.  rolled: z_0 is rolled in time, by a random part of its length; else a few hundred
+    recordings are soon known by heart.  times: of the items, fixed, for validation, where no caption is emptied.  All
+    that is random comes from (seed, epoch, item).
     """
 
     def __init__(self, run: Run, items: list[tuple[Clip, int]], places: np.ndarray, texts: dict, scale_factor: float,
@@ -1264,7 +1264,7 @@ def check_networks(args: argparse.Namespace, config: Config, source: Path) -> No
     for rate in RATES:
         parts.append(("vocoder", f"vocoder_{rate}.pt", Generator, config.vocoder | {"strides": STRIDES[rate]}))
         widths, name = SETTINGS[config.preset]["vocoder"].discriminators, f"discriminators_{rate}.pt"
-        if widths and find_file(name, args.start_from):  # else not: it takes a second to make them
+        if widths and find_file(name, args.start_from):  # only then: to make them takes a second
             parts.append(("vocoder", name, Discriminators, dict(zip(("mpd_channels", "msd_channels"), widths))))
     frames = 4                                           # of a mel for one of the latent
     for job, name, cls, sizes in parts:

@@ -1,7 +1,7 @@
 """The U-Net of eps_theta(z_t, t, c), and how the time step, the sampling rate and the text become its condition c.
 
-Sections II-A and III-B, Fig. 1.  Stable Diffusion's U-Net at the paper's widths: four encoder blocks, a
-middle block and four decoder blocks over the latent "image" (time x frequency), with cross-attention to c:
+Sections II-A and III-B, Fig. 1.  Stable Diffusion's U-Net at the paper's widths: four encoder blocks, a middle block
+and four decoder blocks over the latent "image" (time x frequency), with cross-attention to c:
 
     condition   t (B,), rate (B,) in Hz, text (B, N, d) -> c (B, N + 2, d), c_mask (B, N + 2)
     forward     z_t (B, 8, T/4, 16), t (B,), c, c_mask -> predicted noise (B, 8, T/4, 16)

@@ -1,7 +1,7 @@
 """HiFi-GAN: the vocoder that turns log-mels into sound, and the discriminators and losses that train it.
 
-Sections II-B and III-B, Fig. 1; Kong, Kim, Bae 2020.  There is one generator for each sampling rate, all
-with AudioLDM's structure; only the strides differ, because their product is the hop:
+Sections II-B and III-B, Fig. 1; Kong, Kim, Bae 2020.  There is one generator for each sampling rate, all with
+AudioLDM's structure; only the strides differ, because their product is the hop:
 
     Generator                  mel (B, T, 64) -> wave (B, T * hop), in [-1, 1]
     MultiPeriodDiscriminator   wave (B, L) -> scores and features of 5 discriminators

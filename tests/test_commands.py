@@ -481,10 +481,11 @@ class Doing(Dataset):
 
 
 def test_a_full_memory_is_one_line(capsys):
-    def fill_a_gpu():
-        raise torch.AcceleratorError("CUDA error: out of memory")
+    def fail(error):
+        raise error
 
-    for fill in (lambda: torch.empty(2 ** 50), fill_a_gpu):
+    for fill in (lambda: torch.empty(2 ** 50), lambda: fail(torch.AcceleratorError("CUDA error: out of memory")),
+                 lambda: fail(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))):
         with pytest.raises(SystemExit) as end:
             exit_cleanly(fill)
         one_line(end.value.code, capsys.readouterr().err, "memory is full", "--batch")

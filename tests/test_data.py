@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from conftest import CAPTIONS, HERE
 
 from data import (Cache, Clip, audio_files, digest, file_digest, find_clips, inspect, read_array, read_audio,
-                  resample)
+                  read_csv, resample)
 
 
 def tone(hz: float, rate: int, seconds: float = 1.0) -> torch.Tensor:
@@ -167,6 +168,13 @@ def test_a_spreadsheet_may_put_semicolons_between_the_fields(cache, tmp_path):
     (tmp_path / "captions.csv").write_text("path;caption\na.ogg;a dog, then rain\n")
     (clip,), left_out = find_clips([[tmp_path / "captions.csv"]], cache)
     assert (clip.path.name, clip.caption) == ("a.ogg", "a dog, then rain") and not left_out
+
+
+def test_a_caption_file_may_be_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with ThreadPoolExecutor() as threads:
+        threads.submit((tmp_path / "pipe.csv").write_text, "id,caption\na,a dog\n")
+        assert read_csv(tmp_path / "pipe.csv") == [["id", "caption"], ["a", "a dog"]]
 
 
 def test_audio_that_can_not_be_read_is_named(cache, tmp_path):

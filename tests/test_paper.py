@@ -247,7 +247,7 @@ def test_either_both_or_none_of_the_tokens(tokens):
     inputs = batch(unet)
     c, c_mask = unet.condition(inputs["t"], inputs["rate"], inputs["text"], inputs["text_mask"])
     assert c.shape == (2, 5 + len(tokens), 64) and c_mask[:, 5:].all()
-    of_numbers = inputs | {"text_mask": inputs["text_mask"].float()}             # attention would add them to its scores
+    of_numbers = inputs | {"text_mask": inputs["text_mask"].float()}            # attention would add them to its scores
     assert torch.equal(predict(unet, **inputs), predict(unet, **of_numbers))
     rate_matters = not torch.equal(predict(unet, **inputs), predict(unet, **(inputs | {"rate": inputs["rate"] + 8000})))
     assert rate_matters == ("rate" in tokens)

@@ -958,6 +958,22 @@ def test_clips_below_all_rates_are_named(start, command, tmp_path):
         assert ("low.wav: its 8000 Hz reach none of the rates" in out + err) == bool(left_out)
 
 
+def test_a_clip_stays_for_the_lowest_rate_alone(cache, tmp_path):
+    for rate in (8000, 16_000, 48_000):
+        soundfile.write(tmp_path / f"{rate}.wav", np.random.default_rng(0).uniform(-0.5, 0.5, rate), rate)
+    arguments = SimpleNamespace(jobs=["vae"], rates=[16_000, 48_000], any_rate=False)
+    clips, (line,) = train.find_reaching([[tmp_path]], arguments, cache)
+    assert [clip.rate for clip in clips] == [16_000, 48_000] and "8000.wav: its 8000 Hz reach none" in line
+
+
+def test_a_log_is_cut_back_to_where_the_state_was_saved(tmp_path):
+    path = tmp_path / "vae.csv"
+    for kept, value in (0, 2), (100, 4), (len(train.LOG_HEADER), 3):
+        with train.open_log(path, kept) as file:
+            file.write(f"1,train_loss,{value}\n")
+    assert path.read_text() == train.LOG_HEADER + "1,train_loss,3\n"
+
+
 @pytest.mark.parametrize("recordings", [1, 65, 238, 1000])
 def test_some_items_are_of_all_rates(recordings):
     drawn = train.sample_items(4 * recordings, seed=0)
