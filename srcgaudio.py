@@ -3,8 +3,8 @@
 Li, Xu, Yu: "SRC-gAudio: Sampling-Rate-Controlled Audio Generation".  This file is the paper: the rates and their
 mels (III-B), Eq. (1) to (4), the text encoder psi (II-A), and the pipeline of Fig. 1:
 
-    training     wave -> mel_spectrogram -> VAE.encode -> z_0, and Eq. (3) on it
-    generation   z_T ~ N(0, I) -> DDIM under Eq. (4) -> z_0 -> VAE.decode -> mel -> Generator of the rate -> wave
+    training     wave -> mel_spectrogram -> VAE.encode, sample_posterior -> z -> z_0 = scale_factor * z -> Eq. (3)
+    generation   z_T ~ N(0, I) -> DDIM under Eq. (4) -> z_0 -> z -> VAE.decode -> mel -> Generator of the rate -> wave
 
 Shapes: wave (B, L), mel (B, T, 64), latent z (B, 8, T/4, 16), text (B, N, d).  T has two meanings: in shapes, the
 number of a mel's frames; in z_T and NoiseSchedule.T, as in the paper, the number of diffusion steps.
@@ -304,8 +304,8 @@ class TextEncoder(nn.Module):
         self.final_norm = nn.RMSNorm(width, eps=1e-6)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """A start much as T5's: normal weights, of variance 1 / (a layer's inputs), 1 for the embedding, and for the
-        position bias 1 / heads, more than T5's."""
+        """A start much as T5's: normal weights, of variance 1 / (a layer's inputs), over head_width as well for q, 1 for
+        the embedding, and 1 / heads, more than T5's, for the position bias."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:                                               # norms
                 continue
@@ -331,7 +331,7 @@ class TextEncoder(nn.Module):
         return ids, ids != self.PAD                      # no text has it: "<pad>" in one is read as characters
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids (B, N), mask (B, N) -> psi (B, N, d).  What stands at padding tokens means nothing."""
+        """ids (B, N), mask (B, N) -> psi (B, N, d), of which the rows at padding tokens mean nothing."""
         buckets = relative_position_buckets(ids.shape[1]).to(ids.device)
         bias = self.relative_position_bias(buckets).permute(2, 0, 1)[None]        # (1, heads, N, N)
         bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)        # (B, heads, N, N)
@@ -424,7 +424,7 @@ def read_tokenizer(path: str | Path, vocabulary: int) -> sentencepiece.SentenceP
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of one SRC-gAudio.  Each dict holds the arguments of the class it names."""
+    """The sizes of one SRC-gAudio.  Each dict holds what the constructor of the part takes."""
 
     preset: str
     vae: dict
@@ -594,7 +594,7 @@ class SRCgAudio:
     def to(self, device: torch.device | str, precision: str = "auto") -> "SRCgAudio":
         """Move all parts to a device and compute in `precision` from now on: auto, bf16 or fp32.
 
-        Raises ValueError for others.
+        Without it a second call sets auto again.  Raises ValueError for others.
         """
         device = pick_device(str(device))
         for part in (self.text_encoder, self.vae, self.unet, *self.vocoders.values()):
@@ -625,7 +625,8 @@ class SRCgAudio:
     @torch.no_grad()                                     # in inference mode autocast would cast weights at each step
     def generate_mel(self, prompts: list[str], rate: int, seconds: float | None = None, steps: int = 200,
                      guidance: float | None = None, seed: int = 0, progress: bool = False) -> Tensor:
-        """What `generate` gives the vocoder: log-mels (B, T, 64), T/4 rounded up to a multiple that the U-Net takes."""
+        """What `generate` gives the vocoder: log-mels (B, T, 64).  T is 100 * seconds, or a little more, as the U-Net
+        takes multiples of 8 in T/4; `generate` cuts the wave."""
         seconds = self.config.seconds if seconds is None else seconds
         guidance = self.config.guidance if guidance is None else guidance
         seed = operator.index(seed)                      # NumPy's integers too

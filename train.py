@@ -4,14 +4,14 @@
     torchrun --nproc_per_node=8 train.py ldm --data clips.csv --checkpoint runs/paper
 
 Sections II-B, II-C and III, Fig. 1.  The three jobs can run in one call or one by one into the same folder; the LDM
-needs the VAE.  Each keeps the weights with the best validation loss, in moving average (EMA), and writes its losses to
-vae.csv, vocoder_16000.csv and so on.
+needs the VAE.  Each validates a moving average (EMA) of its weights, keeps the best, and writes its losses to vae.csv,
+vocoder_16000.csv and so on.
 
-The paper takes AudioLDM's VAE as it is, trains HiFi-GANs, and the LDM on Eq. (3).  Not the paper's but ours, so that
-small networks learn from a few hundred recordings: Muon, the whitened starts (`whiten_patches`, `whiten`), detail and
-flicker in the VAE's loss, its latents' deviation of 0.3 and a decoder trained on DDIM's noise, vocoders without
-discriminators, the balanced loss and rolled clips.  The preset paper takes none of them but, if it trains a VAE,
-the VAE's without Muon.
+The paper takes AudioLDM's VAE as it is, trains HiFi-GANs, and the LDM on Eq. (3).  Not in the paper, but added here so
+that small networks learn from a few hundred recordings: Muon, the whitened starts (`whiten_patches`, `whiten`), detail
+and flicker in the VAE's loss, its latents' deviation of 0.3 and a decoder trained on DDIM's noise, vocoders without
+discriminators, the balanced loss and rolled clips.  The preset paper uses none of them, except that a VAE trained with
+it has what the list says of VAEs.
 
 The paper's part is the section on the latent diffusion model: `Latents`, `Objective`, `TrainLDM`.  Before it stand the
 loop of every job, the VAE and the vocoders; after it the command line.
@@ -101,9 +101,9 @@ SETTINGS = {
     },
 }
 KL_WEIGHT = 3e-4                                         # of the KL against the L1, both means
-# Standard deviation of z_0.  Since alpha_bar_T is 0.005 and not 0, z_T tells in training how loud a clip is, and in
-# sampling, where it is noise, nothing: at a deviation of 1 all clips would come out equally loud.  At 0.3 it tells
-# less: the signal-to-noise ratio is 11 times lower at every t.
+# Standard deviation of z_0.  Since alpha_bar_T is 0.005 and not 0, z_T still shows in training how loud a clip is; in
+# sampling it is noise and shows nothing, so all clips would come out much alike in level.  At 0.3 it shows less: the
+# signal-to-noise ratio is 11 times lower at every t than at a deviation of 1.
 LATENT_STD = 0.3
 NULL_CAPTIONS = 0.1                                      # share of captions emptied, for Eq. (4)
 EMA_DECAY = 0.999
@@ -881,7 +881,8 @@ class Latents(Dataset):
 
 
 def blind_loss(alpha_bar: Tensor, std: float) -> Tensor:
-    """What Eq. (3) is for one who knows nothing of z_0 but its standard deviation and guesses eps from z_t.
+    """What Eq. (3) is for one who guesses eps entry by entry from z_t, blind to the text, the rate and the neighbours,
+    and knows nothing of z_0 but its standard deviation.
 
     With std = 0.3 it falls from 0.99 at the first t to 0.001 at t = 900: nearly all of Eq. (3) is about fine detail.
     At large t the outline is decided, that of a class at a rate, but it hardly counts, so a small network learns it
@@ -1048,7 +1049,7 @@ def latents_differ(*folders: Path) -> bool:
 
 
 def even_times(items: list[tuple[Clip, int]], rates: list[int]) -> Tensor:
-    """A t for each item: those of each rate spread evenly from 0 to T - 1, in random order."""
+    """A t for each item: those of each rate are the middles of equal parts of 0 to T, in random order."""
     T, times = NoiseSchedule.T, torch.zeros(len(items), dtype=torch.long)
     for rate in rates:
         of_rate = torch.tensor([i for i, item in enumerate(items) if item[1] == rate])

@@ -6,8 +6,8 @@ with 8 channels, a quarter as long and a quarter as high:
     encode   mel (B, T, 64) -> mean, logvar, each (B, 8, T/4, 16)        T a multiple of 4
     decode   z (B, 8, T/4, 16) -> mel (B, T, 64)
 
-A mel has 100 frames a second at every sampling rate, so this one network serves all four rates.  The moments are
-unscaled.  The diffusion model's z_0 = scale_factor * z, undone before decoding; its standard deviation is 1 with
+A mel has 100 frames a second at every sampling rate, so this one network serves all four rates.  mean, logvar and z
+are unscaled.  The diffusion model's z_0 = scale_factor * z, undone before decoding; its standard deviation is 1 with
 AudioLDM's VAE, 0.3 with one trained here (train.py: LATENT_STD).
 """
 import warnings
