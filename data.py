@@ -286,7 +286,7 @@ class Row(NamedTuple):
 
 
 def read_rows(source: Path, folder: Path, captions: bool, split: str) -> list[Row]:
-    """The rows of a caption file, in any of the formats that `find_clips` names; folder: with its audio.
+    """The rows of a caption file, in any of README.md's formats; folder: with its audio; split: of VGGSound's rows.
 
     Raises ValueError naming the file.
     """
@@ -330,6 +330,8 @@ def read_csv(path: Path) -> list[list[str]]:
                 if len(line) > len(lines[0]):
                     raise ValueError(f"{path}, line {reader.line_num}: {len(line)} fields, the first line has "
                                      f"{len(lines[0])}; put quotes around a text with a {between!r}")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such caption file or folder") from None
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not a CSV, or a quote is left open ({error})") from None
     except UnicodeDecodeError as error:
@@ -393,14 +395,8 @@ def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, b
                split: str = "train", progress: bool = True) -> tuple[list[Clip], list[str]]:
     """The clips of several sources, and a line for each that is left out: its name and why.
 
-    A source is a folder of audio files, or a caption file and, where its audio is not beside it, the folder with it:
-        path,caption        a CSV with these columns, paths relative to the folder
-        AudioCaps           its CSV (audiocap_id,youtube_id,start_time,caption)
-        WavCaps             one of its JSON files
-        VGGSound            vggsound.csv; its labels are the captions; rows of `split` alone
-        ESC-50              meta/esc50.csv; its categories are the captions
-    In the last four, files are found by id anywhere under the folder.  blacklists: WavCaps' files of test clips, which
-    are known by their id, or by their file's name.
+    A source is a folder of audio files, or a caption file (README.md has the formats) and, where its audio is not
+    beside it, the folder with it.  blacklists: WavCaps' files of test clips, known by their id or by their file's name.
     captions: whether the job needs them; a folder has none.  Reads every file whole, unless the cache knows it.
     Raises ValueError if no clip is left.
     """
@@ -411,10 +407,8 @@ def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, b
             raise ValueError(f"{folders[-1]}: not a folder; a source is a caption file and the folder with its audio, "
                              f"and another source is another --data")
         folder = folders[0] if folders else source.parent
-        if source.is_file():
+        if not source.is_dir():
             rows = read_rows(source, folder, captions, split)
-        elif not source.is_dir():
-            raise ValueError(f"{source}: no such caption file or folder")
         elif captions:
             raise ValueError(f"{source}: a folder has no captions; name a caption file, then the folder")
         else:

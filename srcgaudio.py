@@ -304,7 +304,7 @@ class TextEncoder(nn.Module):
         self.final_norm = nn.RMSNorm(width, eps=1e-6)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """A start much as T5's: normal weights, of variance 1 / (a layer's inputs), over head_width as well for q, 1 for
+        """A start much as T5's: normal weights, of variance 1 / (a layer's inputs), for q over head_width too, 1 for
         the embedding, and 1 / heads, more than T5's, for the position bias."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:                                               # norms
@@ -406,12 +406,10 @@ def read_tokenizer(path: str | Path, vocabulary: int) -> sentencepiece.SentenceP
 
     Raises ValueError naming the file if it is missing, damaged or another.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such sentencepiece model")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
-        raise ValueError(f"{path}: damaged, or not a sentencepiece model") from None
+        raise ValueError(f"{path}: missing, damaged, or not a sentencepiece model") from None
     if tokenizer.vocab_size() > vocabulary or (tokenizer.pad_id(), tokenizer.eos_id()) != (0, 1):
         raise ValueError(f"{path}: not this text encoder's, which has at most {vocabulary} tokens, "
                          f"padding first and </s> second")
@@ -470,11 +468,9 @@ PRESETS = {
 }
 
 
-def load_part(cls: type[nn.Module], arguments: dict, path: Path, source: Path) -> nn.Module:
-    """A module of the size that `source`, a config.json, names, with the weights of the file `path`."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such weight file; train.py makes it")
-    return weights.build(cls, arguments, weights.read(path), path, sizes_source=source)
+def load_part(cls: type[nn.Module], arguments: dict, path: Path) -> nn.Module:
+    """A module of the size that the config.json beside the file `path` names, with the weights of that file."""
+    return weights.build(cls, arguments, weights.read(path), path, sizes_source=path.with_name("config.json"))
 
 
 def check_widths(text_encoder: TextEncoder, unet: UNet, source: Path) -> None:
@@ -524,24 +520,21 @@ class SRCgAudio:
 
     @staticmethod
     def save_config(config: Config, folder: str | Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         weights.save_json(asdict(config), Path(folder) / "config.json")
 
     @staticmethod
     def load_vae(folder: str | Path) -> VAE:
-        config = SRCgAudio.load_config(folder)
-        return load_part(VAE, config.vae, Path(folder) / "vae.pt", Path(folder) / "config.json")
+        return load_part(VAE, SRCgAudio.load_config(folder).vae, Path(folder) / "vae.pt")
 
     @staticmethod
     def load_unet(folder: str | Path) -> UNet:
-        config = SRCgAudio.load_config(folder)
-        return load_part(UNet, config.unet, Path(folder) / "unet.pt", Path(folder) / "config.json")
+        return load_part(UNet, SRCgAudio.load_config(folder).unet, Path(folder) / "unet.pt")
 
     @staticmethod
     def load_vocoder(folder: str | Path, rate: int) -> Generator:
         check_rate(rate)
         arguments = SRCgAudio.load_config(folder).vocoder | {"strides": STRIDES[rate]}
-        return load_part(Generator, arguments, Path(folder) / f"vocoder_{rate}.pt", Path(folder) / "config.json")
+        return load_part(Generator, arguments, Path(folder) / f"vocoder_{rate}.pt")
 
     @staticmethod
     def load_text_encoder(folder: str | Path) -> TextEncoder:
@@ -551,7 +544,7 @@ class SRCgAudio:
                 raise ValueError(f"{Path(folder) / 'config.json'}: text_encoder names {arguments}, which is not there; "
                                  f"a FLAN-T5 must stay where it is, or be named anew")
             return TextEncoder.from_pretrained(arguments)
-        encoder = load_part(TextEncoder, arguments, Path(folder) / "text_encoder.pt", Path(folder) / "config.json")
+        encoder = load_part(TextEncoder, arguments, Path(folder) / "text_encoder.pt")
         encoder.tokenizer = read_tokenizer(Path(folder) / "tokenizer.model", len(encoder.embedding.weight))
         return encoder
 

@@ -181,7 +181,7 @@ class Run:
         if not path:
             return cls(**arguments)
         say(f"starting from {path}")
-        return load_part(cls, arguments, path, self.folder / "config.json")
+        return load_part(cls, arguments, path)
 
     def mels(self, items: list[tuple[Clip, int]]) -> Iterator[Tensor]:
         """The log-mel (1, T, 64) of each item, whole."""
@@ -435,7 +435,7 @@ def fit(name: str, make_job, run: Run) -> None:
     """The loop of every job: steps, validation, the best weights kept, a state to go on from, a log of losses.
 
     make_job(run, settings) -> a job, with
-        data, collate      what its batches are made of; data.items
+        data               what its batches are made of; data.items, data.collate
         network, ema       what is trained, and what is validated
         step(parts), validate()   -> losses by name, with "loss" among them
         save()             writes what validate judged
@@ -470,7 +470,7 @@ def fit(name: str, make_job, run: Run) -> None:
 
     barrier()                                            # all have read the state before it is written again
     with (open_log(log_path, log_bytes) as file, stop_when_asked() as asked,
-          closing(run.batches(job.data, batch_sampler=plan.parts(step), collate_fn=job.collate)) as batches,
+          closing(run.batches(job.data, batch_sampler=plan.parts(step), collate_fn=job.data.collate)) as batches,
           tqdm(total=plan.steps, initial=step, desc=name, disable=rank() > 0) as bar):
         log = csv.writer(file, lineterminator="\n")
         saved = save_state() if rank() == 0 else 0.0     # at step 0 too: the same start, however soon it is stopped
@@ -558,6 +558,8 @@ def mean_by_rate(losses: dict[int, list[float]]) -> dict[str, float]:
 class Crops(Dataset):
     """Random crops as waves (frames * hop,), each from (seed, epoch, item)."""
 
+    collate = None                                       # PyTorch's own
+
     def __init__(self, run: Run, items: list[tuple[Clip, int]], settings: Settings):
         self.seed, self.items, self.seconds = run.seed, items, settings.frames / FRAMES_PER_SECOND
 
@@ -638,7 +640,6 @@ def whiten_patches(vae: VAE, mels: Tensor) -> None:
 
 
 class TrainVAE:
-    collate = None
     identity = {}
 
     def __init__(self, run: Run, settings: Settings):
@@ -724,7 +725,6 @@ class TrainVocoder:
     """The generator computes in float32, as in SRCgAudio.generate: in bfloat16 it learns to make up for rounding noise,
     and without that noise is too quiet.  The discriminators compute in the run's precision."""
 
-    collate = None
     identity = {}
 
     def __init__(self, rate: int, run: Run, settings: Settings):
@@ -912,8 +912,6 @@ class Objective(nn.Module):
 class TrainLDM:
     """clip -> `WholeClips`: mel -> `VAE.encode`: mean, logvar, kept in the cache -> `Latents`: z_0, eps, t, and psi(P)
     or, with probability 0.1, psi("") -> `Objective`: `diffusion_loss`, Eq. (3)."""
-
-    collate = staticmethod(Latents.collate)
 
     def __init__(self, run: Run, settings: Settings):
         self.run, self.settings = run, settings
@@ -1115,8 +1113,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     for folder in (args.checkpoint, args.cache):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; name a folder")
-    if args.checkpoint.resolve() == args.cache.resolve():
-        raise ValueError(f"{args.checkpoint} is the folder of the cache; name another --checkpoint, or a --cache")
     for name in ("epochs", "batch", "lr", "accumulate"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -1294,8 +1290,6 @@ def make_tokenizer(args: argparse.Namespace, config: Config,
         return None
     captions = {clip.caption for clip in train}
     if args.tokenizer_captions:
-        if not args.tokenizer_captions.is_file():
-            raise ValueError(f"{args.tokenizer_captions}: no such caption file")
         rows = read_rows(args.tokenizer_captions, args.tokenizer_captions.parent, captions=True, split="train")
         captions |= {row.caption for row in rows}
     encoder = weights.skeleton(TextEncoder, config.text_encoder, args.checkpoint / "config.json")
@@ -1339,7 +1333,6 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
                                  f"with; put it back, or begin anew with --overwrite")
     report(run, left_out)
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         for path in copies:
             say(f"copying {path}")
             with open(path, "rb") as file:

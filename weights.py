@@ -328,6 +328,7 @@ def replace_file(path: str | Path, write) -> None:
     """Let write(file) fill a new file, sync it, and rename it: a full disk or a kill leaves the file that was there
     whole."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     try:
         with open(new, "wb") as file:
@@ -475,8 +476,6 @@ def export_checkpoint(args: argparse.Namespace) -> None:
 
     unet, vae = SRCgAudio.load_unet(args.checkpoint), SRCgAudio.load_vae(args.checkpoint)
     encoder = SRCgAudio.load_text_encoder(args.checkpoint)
-    for folder in out.values():
-        folder.mkdir(parents=True, exist_ok=True)
 
     sizes = sizes_of(UNet, config.unet)
     tensors = rename(unet.state_dict(), UNET_NAMES, backwards=True)

@@ -61,7 +61,7 @@ def measure_speed(data: Path) -> None:
             z_0 = vae.scale_factor * sample_posterior(mean, logvar, torch.randn_like(mean))
             return z_0, torch.randn_like(z_0), torch.randint(0, 1000, (len(mel),)), rate, text, text_mask
 
-        sides = {"from the cache": (job.data, job.collate, lambda batch: batch),
+        sides = {"from the cache": (job.data, job.data.collate, lambda batch: batch),
                  "encoding at every step": (Audio(job.data.items, config.seconds), None, encode)}
         times = {name: [] for name in sides}
         for _ in range(BLOCKS):

@@ -317,7 +317,7 @@ def test_tokens_of_other_captions_are_not_gone_on_with(start, stop, command, tmp
 class FakeJob:
     """A job of one weight, whose validation losses are 3, 1, 2, 1, 0.5 and 4."""
 
-    collate, identity = None, {}
+    identity = {}
 
     def __init__(self, run, settings):
         self.network = torch.nn.Linear(1, 1)
