@@ -469,7 +469,7 @@ PRESETS = {
 
 
 def load_part(cls: type[nn.Module], arguments: dict, path: Path) -> nn.Module:
-    """A module of the size that the config.json beside the file `path` names, with the weights of that file."""
+    """A module of these arguments, from the config.json beside the file `path`, with the weights of that file."""
     return weights.build(cls, arguments, weights.read(path), path, sizes_source=path.with_name("config.json"))
 
 
@@ -587,7 +587,7 @@ class SRCgAudio:
     def to(self, device: torch.device | str, precision: str = "auto") -> "SRCgAudio":
         """Move all parts to a device and compute in `precision` from now on: auto, bf16 or fp32.
 
-        Without it a second call sets auto again.  Raises ValueError for others.
+        Raises ValueError for others.  A later call without a precision sets auto again.
         """
         device = pick_device(str(device))
         for part in (self.text_encoder, self.vae, self.unet, *self.vocoders.values()):
@@ -618,8 +618,8 @@ class SRCgAudio:
     @torch.no_grad()                                     # in inference mode autocast would cast weights at each step
     def generate_mel(self, prompts: list[str], rate: int, seconds: float | None = None, steps: int = 200,
                      guidance: float | None = None, seed: int = 0, progress: bool = False) -> Tensor:
-        """What `generate` gives the vocoder: log-mels (B, T, 64).  T is 100 * seconds, or a little more, as the U-Net
-        takes multiples of 8 in T/4; `generate` cuts the wave."""
+        """What `generate` gives the vocoder: log-mels (B, T, 64).  T is 100 * seconds, or a little more, since T/4
+        must be a multiple of 8 for the U-Net; `generate` cuts the wave."""
         seconds = self.config.seconds if seconds is None else seconds
         guidance = self.config.guidance if guidance is None else guidance
         seed = operator.index(seed)                      # NumPy's integers too

@@ -102,8 +102,8 @@ SETTINGS = {
 }
 KL_WEIGHT = 3e-4                                         # of the KL against the L1, both means
 # Standard deviation of z_0.  Since alpha_bar_T is 0.005 and not 0, z_T still shows in training how loud a clip is; in
-# sampling it is noise and shows nothing, so all clips would come out much alike in level.  At 0.3 it shows less: the
-# signal-to-noise ratio is 11 times lower at every t than at a deviation of 1.
+# sampling it is noise and shows nothing, so at a deviation of 1 all clips would come out much alike in level.  At 0.3
+# it shows less: the signal-to-noise ratio is 11 times lower at every t.
 LATENT_STD = 0.3
 NULL_CAPTIONS = 0.1                                      # share of captions emptied, for Eq. (4)
 EMA_DECAY = 0.999
@@ -841,10 +841,10 @@ class Latents(Dataset):
     """What Eq. (3) takes of each item: z_0 (8, T/4, 16), eps, t, rate, and psi (N, d) of its caption, or the caption's
     token ids (N,) where the text encoder is trained along.
 
-    places: (items, 2), where the cache has each item's latent.  texts: caption -> [token ids], or (start, size,
-    d) of its psi in the cache.  rolled: z_0 is rolled in time, by a random part of its length; else a few hundred
-    recordings are soon known by heart.  times: of the items, fixed, for validation, where no caption is emptied.  All
-    that is random comes from (seed, epoch, item).
+    places: (items, 2), where the cache has each item's latent.  texts: caption -> [token ids], or where
+    the cache has its psi: (start, size, d).  rolled: z_0 is rolled in time, by a random part of its length; else a few
+    hundred recordings are soon known by heart.  times: of the items, fixed, for validation, where no caption is
+    emptied.  All that is random comes from (seed, epoch, item).
     """
 
     def __init__(self, run: Run, items: list[tuple[Clip, int]], places: np.ndarray, texts: dict, scale_factor: float,

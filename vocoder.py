@@ -106,7 +106,7 @@ class Generator(nn.Module):
         h = mel.transpose(1, 2)[:, :, None]                                     # (B, n_mels, 1, T)
         h = self.conv_pre(h.contiguous(memory_format=torch.channels_last))      # (B, C, 1, T)
         for i, up in enumerate(self.ups):
-            h = up(F.leaky_relu(h, 0.1))                                        # (B, C / 2, 1, T * stride), or 1 more
+            h = up(F.leaky_relu(h, 0.1))                                        # C -> C / 2, T -> T * stride, or 1 more
             branches = self.resblocks[3 * i:3 * i + 3]
             h = sum(block(h) for block in branches) / len(branches)
         wave = torch.tanh(self.conv_post(F.leaky_relu(h, 0.01)).float())        # 0.01, PyTorch's default, as published
@@ -194,7 +194,7 @@ class ScaleDiscriminator(nn.Module):
                   (4, 8, 41, 4, 16), (8, 8, 41, 1, 16), (8, 8, 5, 1, 1)]
         self.convs = nn.ModuleList(
             norm(Conv1d(c_in * channels or 1, c_out * channels, kernel, stride, padding=kernel // 2,
-                        groups=max(1, groups * channels // 128)))       # as wide as published, or all in one
+                        groups=max(1, groups * channels // 128)))       # groups as wide as published, or one
             for c_in, c_out, kernel, stride, groups in layers)
         self.conv_post = norm(Conv1d(8 * channels, 1, 3, padding=1))
 

@@ -326,7 +326,7 @@ def build(module_class, arguments: dict, weights: Weights, source: str | Path, n
 
 def replace_file(path: str | Path, write) -> None:
     """Let write(file) fill a new file, sync it, and rename it: a full disk or a kill leaves the file that was there
-    whole."""
+    whole.  Makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
