@@ -1,5 +1,6 @@
 """The VAE and HiFi-GAN beside their golden data: shapes, losses with a known answer, what they refuse."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,6 +149,21 @@ def test_the_judges_distances_allow_shifts_in_time_and_nothing_else():
     distances = judge.shifted_distances(mels, torch.roll(mels, 7, dims=1))
     assert distances.diagonal().max().item() == pytest.approx(0, abs=2e-3) and distances[0, 1] > 1
     assert judge.between(torch.stack([mels[0], mels[0] + 3])) == pytest.approx(3, rel=1e-5)
+
+
+def test_the_judge_measures_diversity_against_real_clips_of_the_class():
+    def clips(*levels: float) -> torch.Tensor:
+        return torch.tensor(levels, dtype=torch.float32)[:, None, None].expand(-1, 8, 64)
+
+    labels = torch.tensor([0, 0, 1, 1])
+    val, train = SimpleNamespace(mels={0: clips(2, 4, 10, 18)}, labels=labels), SimpleNamespace(mels={0: clips(0, 9)})
+    # Two prompts, whose clips differ by 1 and by 2, of classes whose real ones differ by 2 and by 8
+    heard, prompts = clips(0.5, 11, 1.5, 13), ["bark", "rain", "bark", "rain"]
+    captions = {"dog": ["bark"], "rain": ["rain"]}
+    assert judge.spread(heard, prompts, captions, val, 0) == pytest.approx((1 / 2 + 2 / 8) / 2)
+    # Real ones lie 2, 4, 1 and 9 from the training, whose lower medians are 2 and 1; generated ones 0.5, 2, 1.5 and 4
+    nearest, of_real = judge.nearest_recording(heard, torch.tensor([0, 1, 0, 1]), train, val, 0)
+    assert nearest == pytest.approx(0.5 / 2, abs=1e-3) and of_real == pytest.approx(1, abs=1e-3)
 
 
 def test_the_judge_of_the_rate_hears_how_bands_move():
