@@ -5,8 +5,8 @@
     find_clips    caption files and folders as they are published -> list of Clip
     Cache         what has been computed once from files and frozen networks
 
-What is loaded has zero mean and a peak of 0.5 over the whole recording, so a sound is as loud at every rate and in
-every crop.  (AudioLDM brings each resampled crop to that peak.)
+What is loaded has zero mean and a peak of 0.5 over the whole recording, so sounds are equally loud at any rate and in
+any crop.  (AudioLDM scales each resampled crop to it.)
 """
 import csv
 import functools
@@ -54,12 +54,12 @@ class Clip:
 
     @property
     def recording(self) -> tuple:
-        """What tells the recording from others, wherever it lies: name, rate, length and level, whose last digits
+        """What identifies a recording wherever it lies: name, rate, length and level, rounded, as its last digits
         depend on the number of threads."""
         return self.path.name, self.rate, self.samples, f"{self.mean:.6f}", f"{self.peak:.6f}"
 
     def reaches(self, rate: int) -> bool:
-        """Whether the file has the highs of `rate`: 44.1 kHz counts as reaching 48 kHz."""
+        """Whether the file's rate reaches `rate`: 44.1 kHz counts as reaching 48 kHz."""
         return self.rate >= 0.9 * rate
 
     def read(self, rate: int, start: float, seconds: float) -> Tensor:
@@ -141,7 +141,7 @@ def ends_early(path: Path, sound: soundfile.SoundFile) -> bool:
 
 
 def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
-    """Resampling by a sinc in Kaiser's window, (L,) at `rate` -> (ceil(L * new_rate / rate),) at `new_rate`.
+    """Resampling by a Kaiser-windowed sinc, (L,) at `rate` -> (ceil(L * new_rate / rate),) at `new_rate`.
 
     The low-pass is flat to 0.9 of the lower Nyquist frequency, and more than 80 dB down from that frequency on.
     Output n lies at input time n * rate / new_rate; with the ratio reduced to down / up, outputs n and n + up take the

@@ -159,7 +159,7 @@ class NoiseSchedule:
         for t, t_next in zip(tqdm(timesteps, "DDIM", disable=not progress, leave=False), [*timesteps[1:], 0]):
             alpha_bar, alpha_bar_next = self.alpha_bar[t].item(), self.alpha_bar[t_next].item()
             eps = predict_noise(z_t, t)
-            # Eq. (1)'s closed form solved for z_0, an estimate, which goes to the next, smaller t with the same noise
+            # Eq. (1)'s closed form solved for z_0 gives an estimate, which the same eps takes to the next, smaller t
             # (Song, Meng, Ermon, Eq. 12).  eta = 0 draws no new noise, so z_T alone decides what comes out.
             z_0_hat = (z_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar ** 0.5
             z_t = alpha_bar_next ** 0.5 * z_0_hat + (1 - alpha_bar_next) ** 0.5 * eps

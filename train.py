@@ -10,11 +10,11 @@ vocoder_16000.csv and so on.
 The paper takes AudioLDM's VAE as it is, trains HiFi-GANs, and the LDM on Eq. (3).  Not in the paper, but added here so
 that small networks learn from a few hundred recordings: Muon, the whitened starts (`whiten_patches`, `whiten`), detail
 and flicker in the VAE's loss, its latents' deviation of 0.3 and a decoder trained on DDIM's noise, vocoders without
-discriminators, the balanced loss and rolled clips.  The preset paper uses none of them, except that a VAE trained with
-it has what the list says of VAEs.
+discriminators, the balanced loss and rolled clips.  The preset paper uses none of them but those of the VAE, and these
+only if it trains one.
 
-The paper's part is the section on the latent diffusion model: `Latents`, `Objective`, `TrainLDM`.  Before it stand the
-loop of every job, the VAE and the vocoders; after it the command line.
+The paper's part is the section on the latent diffusion model: `Latents`, `Objective`, `TrainLDM`.  Before it come the
+loop of every job, the VAE and the vocoders; after it, the command line.
 
 Every random draw is a function of --seed, the epoch and the item.  So a run that was stopped, by kill -9 even, goes on
 from its last state as if it had never stopped, and how a batch is split over processes changes nothing but rounding.
@@ -226,7 +226,7 @@ def barrier() -> None:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """What rank 0 writes in here, the others find written."""
+    """Rank 0 runs this first; the others find its files."""
     if rank() > 0:
         barrier()
     yield
@@ -256,7 +256,7 @@ def say(line: str) -> None:
 
 
 class Plan:
-    """Which items each step takes: all of them once an epoch, in a new order, one epoch after the other, cut into full
+    """Which items each step takes.  An epoch is all items once, in a new order; the row of epochs is cut into full
     batches."""
 
     def __init__(self, items: int, settings: Settings, run: Run):
@@ -298,7 +298,7 @@ def sample_items(items: int, seed: int) -> list[int]:
 class Ema:
     """A moving average of a network's weights, itself a network: what is validated and saved.
 
-    `network` may carry weight norm that the average lacks: it follows the weights that take effect.
+    A network with weight norm is averaged without it: by the weights that take effect.
     """
 
     def __init__(self, network: nn.Module):
@@ -313,13 +313,13 @@ class Ema:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: that of each weight as a matrix, its first dimension by all others, so that a step
-    moves all directions alike (Jordan 2024).  A vector is a matrix of one column, whose momentum is brought to one
-    length; Jordan leaves those to Adam.
+    """Each weight's momentum, as a matrix (first dimension by all others), is made orthogonal, so that a step moves all
+    directions alike (Jordan 2024).  A vector is a matrix of one column: its momentum is scaled to one length; Jordan
+    leaves those to Adam.
 
     Adam learns the directions of most variance first, in mels the loudness, and a rooster's harmonics late.
-    torch.optim.Muon takes matrices alone, no convolutions, one at a time, in bfloat16: for a small vocoder on a CPU
-    that is as long as the rest of the step.
+    torch.optim.Muon takes only matrices, no convolutions, one at a time, in bfloat16: for a small vocoder on a CPU
+    that takes as long as the rest of the step.
     """
 
     def __init__(self, parameters, lr: float):
@@ -385,10 +385,9 @@ def descend(network: nn.Module, optimizer: torch.optim.Optimizer, parts: list, l
 
 @contextmanager
 def stop_when_asked() -> Iterator[Tensor]:
-    """Ctrl-C and SIGTERM set the tensor that this yields, for the loop to end after its step; a second Ctrl-C ends it.
+    """Ctrl-C and SIGTERM set the tensor yielded here: the loop ends after its step.  A second Ctrl-C ends it at once.
 
-    A second SIGTERM is one too many: a cluster's scheduler may send it to torchrun, which sends it on, and to each
-    process.
+    A second SIGTERM is ignored: a cluster's scheduler may send one to each process and to torchrun, which passes it on.
     """
     asked = torch.zeros(())
 
@@ -515,7 +514,7 @@ def fit(name: str, make_job, run: Run) -> None:
                 say(f"{name} stopped after step {step}; the same command, without --overwrite, goes on from there")
                 barrier()                                # torchrun ends the others where one ends: let rank 0 save
                 raise KeyboardInterrupt
-        # Asked for while rank 0 validated; and the next job reads what it has written.
+        # Stop if asked while rank 0 validated; and wait: the next job reads its files.
         if mean_over_processes({"stop": asked.to(run.device)})["stop"] > 0:
             say(f"{name} is trained; the same command goes on with what is left")
             raise KeyboardInterrupt
@@ -781,8 +780,8 @@ class TrainVocoder:
         # A tone that stands out from the bands beside it adds little to the L1, so what stands out counts again.
         error = mel_generated - mel
         of_tones = (error - F.avg_pool1d(error, 7, 1, 3)).abs().mean()
-        # A buzz of one pulse a hop has lines 100 Hz apart.  Most bands of the mel are wider and take it for noise; the
-        # bins of a spectrum see the lines, the better the longer its window.  A short one sees when a click comes.
+        # A buzz of one pulse a hop has harmonics 100 Hz apart.  Most mel bands are wider and take it for noise; an STFT
+        # resolves them, the better the longer its window.  A short window shows when a click comes.
         n_fft = RATES[self.rate].n_fft
         of_stft = (stft_loss(wave, generated, n_fft // 2) + stft_loss(wave, generated, 2 * n_fft)) / 2
         of_loud = convergence_loss(mel, mel_generated)
@@ -842,8 +841,8 @@ class Latents(Dataset):
     token ids (N,) where the text encoder is trained along.
 
     places: (items, 2), where the cache has each item's latent.  texts: caption -> [token ids], or where
-    the cache has its psi: (start, size, d).  rolled: z_0 is rolled in time, by a random part of its length; else a few
-    hundred recordings are soon known by heart.  times: of the items, fixed, for validation, where no caption is
+    the cache has its psi: (start, size, d).  rolled: z_0 is shifted in time, circularly, at random; else a few
+    hundred recordings are soon memorised.  times: each item's t, fixed, for validation, where no caption is
     emptied.  All that is random comes from (seed, epoch, item).
     """
 
@@ -881,8 +880,8 @@ class Latents(Dataset):
 
 
 def blind_loss(alpha_bar: Tensor, std: float) -> Tensor:
-    """What Eq. (3) is for one who guesses eps entry by entry from z_t, blind to the text, the rate and the neighbours,
-    and knows nothing of z_0 but its standard deviation.
+    """Eq. (3) for the best guess of eps from z_t, entry by entry, blind to the text, the rate and the neighbours,
+    knowing nothing of z_0 but its standard deviation.
 
     With std = 0.3 it falls from 0.99 at the first t to 0.001 at t = 900: nearly all of Eq. (3) is about fine detail.
     At large t the outline is decided, that of a class at a rate, but it hardly counts, so a small network learns it
@@ -921,8 +920,8 @@ class TrainLDM:
         unet = run.network(UNet, config.unet, "unet.pt")
         check_widths(self.text_encoder, unet, folder / "config.json")
         scale_factor = vae.scale_factor.item()
-        # z_0's standard deviation.  The channels of a VAE trained here have 1 before the factor, so it is the factor
-        # (`weights.py halve` rounds that); AudioLDM's factor brings it to 1.
+        # z_0's standard deviation: for a VAE trained here, whose channels have 1, the factor itself (`weights.py halve`
+        # rounds it); for AudioLDM's, 1, to which its factor scales.
         std = LATENT_STD if math.isclose(scale_factor, LATENT_STD, rel_tol=1e-3) else 1.0
         self.network = Objective(unet, self.text_encoder if run.train_text_encoder else None,
                                 std if settings.balanced else None)
@@ -1042,7 +1041,7 @@ def latent_digest(vae: VAE) -> bytes:
 
 
 def latents_differ(*folders: Path) -> bool:
-    """Whether the VAEs in these checkpoint folders make different latents, of which a U-Net knows one alone."""
+    """Whether the VAEs in these checkpoint folders make different latents; a U-Net knows those of only one."""
     return len({latent_digest(SRCgAudio.load_vae(path)) for path in folders if (path / "vae.pt").is_file()}) > 1
 
 
@@ -1186,7 +1185,7 @@ def find_outputs(args: argparse.Namespace) -> dict[str, list[str]]:
         # unet.pt without vae.pt: an earlier run of this command copied it, and was stopped before it first saved a VAE.
         latents_stay = args.decoder_only and not latents_differ(folder, args.start_from)
         if vae_changes and unet_stays and not latents_stay:
-            raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE it was trained with alone; name "
+            raise ValueError(f"{folder / 'unet.pt'} knows the latents only of the VAE it was trained with; name "
                              f"another --checkpoint, train both anew (vae ldm --overwrite), or keep the latents with "
                              f"--decoder-only --start-from {folder}")
     return outputs
@@ -1245,7 +1244,7 @@ def check_ldm(args: argparse.Namespace, config: Config) -> None:
     if flan_t5 and args.train_text_encoder:
         raise ValueError("--train-text-encoder trains the small text encoder; a FLAN-T5 stays as it is")
     if config.preset == "paper" and not encoder:
-        raise ValueError("the preset paper takes FLAN-T5-large, untrained it tells nothing; name its folder with "
+        raise ValueError("the preset paper needs a pretrained FLAN-T5-large; name its folder with "
                          "--flan-t5")
     goes_on = (folder / "ldm_state.pt").exists() and not args.overwrite          # with an encoder of its own
     if args.tokenizer_captions and encoder and not goes_on:
@@ -1329,8 +1328,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Run:
         for name, (file, *_) in outputs.items():         # refuses another run's state
             state = read_state(folder / f"{name}_state.pt", run.identity(name))
             if state and state["best"] < math.inf and not (folder / file).is_file():
-                raise ValueError(f"{folder / file} is gone, the best weights of a run that {name}_state.pt goes on "
-                                 f"with; put it back, or begin anew with --overwrite")
+                raise ValueError(f"{folder / file} is gone: the best weights of the run that {name}_state.pt resumes; "
+                                 f"put it back, or begin anew with --overwrite")
     report(run, left_out)
     if rank() == 0:
         for path in copies:

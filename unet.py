@@ -210,7 +210,7 @@ class UNet(nn.Module):
     blocks: residual blocks of an encoder block (a decoder block has one more).
     groups: how many groups of channels each norm has.  A norm removes each group's mean: with two channels in a group
         little is left of the latent's own means, and they drift during sampling; so narrow networks take fewer groups.
-    predicts: "eps"; or "v", as Tango's network does, which NoiseSchedule.eps_from_v makes eps_theta.
+    predicts: "eps"; or "v", as in Tango's network, which NoiseSchedule.eps_from_v turns into eps.
     """
 
     LATENT = 8

@@ -303,7 +303,7 @@ def log_flicker(mel: Tensor) -> Tensor:
 
 def vae_loss(mel: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float,
              flicker_weight: float) -> dict[str, Tensor]:
-    """L1 + kl_weight * KL(q(z | mel) || N(0, I)), each a mean; detail and flicker are this project's.
+    """L1 + kl_weight * KL(q || N(0, I)) + ours: detail + flicker_weight * flicker; each a mean.
 
     mel, decoded: (B, T, 64), T at least 18.  mean, logvar: (B, 8, T/4, 16).
     """

@@ -23,7 +23,7 @@ STRIDES = {16_000: (5, 4, 2, 2, 2), 24_000: (5, 4, 3, 2, 2), 32_000: (5, 4, 4, 2
 KERNELS = (16, 16, 8, 4, 4)
 
 # Published name -> ours, read in both directions (weights.rename): transformers' generator, and HiFi-GAN's
-# discriminators, whose first at scale has spectral norm and all others weight norm
+# discriminators: spectral norm in the first scale one, weight norm in all others
 TRANSFORMERS_NAMES = [("upsampler.", "ups.")]
 DISCRIMINATOR_NAMES = [
     ("msd.discriminators.0.convs.{}.weight_v", "msd.discriminators.0.convs.{}.parametrizations.weight.0._v"),
@@ -118,8 +118,8 @@ class Generator(nn.Module):
         """AudioLDM's `.ckpt`, Tango's `pytorch_model_vae.bin`, a `vocoder/` folder of a diffusers pipeline, HiFi-GAN's
         `g_*`, or ours.
 
-        strides: no weights tell them; AudioLDM's at 16 kHz, unless given.
-        Raises ValueError naming the file if it is damaged or holds anything else, or its config.json other strides.
+        strides: not in the weights; default: AudioLDM's at 16 kHz.
+        Raises ValueError naming the file if it is damaged or holds anything else, or its config.json if strides differ.
         """
         return weights.build(cls, *cls.published(path, strides))
 

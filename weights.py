@@ -325,8 +325,8 @@ def build(module_class, arguments: dict, weights: Weights, source: str | Path, n
 
 
 def replace_file(path: str | Path, write) -> None:
-    """Let write(file) fill a new file, sync it, and rename it: a full disk or a kill leaves the file that was there
-    whole.  Makes the folder."""
+    """Let write(file) fill a new file, sync it, and rename it: a full disk or a kill leaves the old file intact.  Makes
+    the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
@@ -346,7 +346,7 @@ def replace_file(path: str | Path, write) -> None:
 
 @contextmanager
 def replace_files(folder: Path) -> Iterator[Path]:
-    """A new folder within `folder`, which its files go to when all are written: a full disk leaves those that were
+    """A new folder inside `folder`.  When all its files are written, they move up: a full disk leaves the old ones
     there."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="new_", dir=folder) as new:
@@ -443,7 +443,7 @@ def import_checkpoint(args: argparse.Namespace) -> None:
         if (folder / name).exists() and not args.overwrite:
             raise ValueError(f"{folder / name} exists; name another --checkpoint, or say --overwrite")
     if "vae.pt" in parts and "unet.pt" not in parts and (folder / "vae.pt").exists() and (folder / "unet.pt").exists():
-        raise ValueError(f"{folder / 'unet.pt'} knows the latents of the VAE beside it alone; import both, or name "
+        raise ValueError(f"{folder / 'unet.pt'} knows the latents only of the VAE beside it; import both, or name "
                          f"another --checkpoint")
     with replace_files(folder) as new:
         SRCgAudio.save_config(config, new)
