@@ -319,17 +319,24 @@ class UNet(nn.Module):
         config = {}
         if path.is_dir():
             config = weights.read_json(path / "config.json")
-            weights.check_config(config, {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5},
-                                 path / "config.json")
+            weights.check_config(config, {
+                "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5, "downsample_padding": 1,
+                "center_input_sample": False, "mid_block_scale_factor": 1, "only_cross_attention": False,
+                "time_embedding_act_fn": None, "timestep_post_act": None}, path / "config.json")
             if (path / "condition_tokens.safetensors").is_file():                 # ours, written by weights.py export
                 tensors |= weights.read(path / "condition_tokens.safetensors")
-            scheduler = path.parent / "scheduler" / "scheduler_config.json"
-            if scheduler.is_file() and weights.read_json(scheduler).get("prediction_type") == "v_prediction":
-                predicts = "v"
+            scheduler_path = path.parent / "scheduler" / "scheduler_config.json"
+            scheduler = weights.read_json(scheduler_path) if scheduler_path.is_file() else {}
+            predicts = "v" if scheduler.get("prediction_type") == "v_prediction" else "eps"
+            weights.check_config(scheduler, {             # NoiseSchedule's
+                "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+                "beta_end": 0.012, "rescale_betas_zero_snr": False,
+                "prediction_type": "v_prediction" if predicts == "v" else "epsilon"}, scheduler_path)
 
         levels = range(weights.count(tensors, "down_blocks.{}."))
         widths = [weights.shape_of(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", 4, path)[0] for i in levels]
-        heads = config.get("attention_head_dim") or [width // 64 for width in widths]         # Stable Diffusion 2's
+        # diffusers' name for the number of heads, and its default; Tango's file tells none: Stable Diffusion 2's
+        heads = config.get("attention_head_dim", 8) if path.is_dir() else [width // 64 for width in widths]
         attends = [f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in levels]
         to_k = next((name for name in tensors if name.endswith(".attn2.to_k.weight")), "attn2.to_k.weight")
         context_width = weights.shape_of(tensors, to_k, 2, path)[1]

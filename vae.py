@@ -262,6 +262,7 @@ class VAE(nn.Module):
             tensors = {name: tensor[:, :, None, None] if ".attentions." in name and tensor.ndim == 2 else tensor
                        for name, tensor in tensors.items()}
             config = weights.read_json(path / "config.json")
+            weights.check_config(config, {"act_fn": "silu", "shift_factor": None}, path / "config.json")
             scale_factor, groups = config.get("scaling_factor"), config.get("norm_num_groups", groups)
             names, block = DIFFUSERS_NAMES, "encoder.down_blocks.{}.resnets.{}."
         else:

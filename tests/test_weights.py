@@ -115,6 +115,9 @@ def test_diffusers_vae(tmp_path):
     vae = VAE.from_pretrained(folder)
     assert vae_error(vae, golden) < TOLERANCE
     assert vae.scale_factor.item() == pytest.approx(0.92279, abs=1e-5)
+    (folder / "config.json").write_text(json.dumps(config | {"act_fn": "relu"}))
+    with pytest.raises(ValueError, match="config.json: act_fn is relu, expected silu"):
+        VAE.from_pretrained(folder)
 
     # before March 2023: other names for attention; and in some files its layers are 1 x 1 convolutions
     old = {}
@@ -204,6 +207,14 @@ def test_diffusers_unet(tmp_path):
         noise = unet(golden["z_t"], golden["t"], golden["c"], golden["mask"])
     assert error(noise, golden["noise"]) < TOLERANCE
     assert unet.time_token is unet.rate_token is None and unet.predicts == "eps"
+    (tmp_path / "scheduler").mkdir()
+    for file, wrong in [(folder / "config.json", {"downsample_padding": 0}),
+                        (tmp_path / "scheduler/scheduler_config.json", {"beta_schedule": "linear"}),
+                        (tmp_path / "scheduler/scheduler_config.json", {"prediction_type": "sample"})]:
+        file.write_text(json.dumps(config | wrong))
+        with pytest.raises(ValueError, match=f"{file.name}: {list(wrong)[0]} is {list(wrong.values())[0]}, expected"):
+            UNet.from_pretrained(folder)
+        file.write_text(json.dumps(config))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
