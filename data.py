@@ -240,7 +240,7 @@ class Cache:
         return self.execute("SELECT start, size FROM arrays WHERE key = ?", (key,)).fetchone()
 
     def add(self, arrays: dict[bytes, np.ndarray]) -> None:
-        with self.index:                                 # rolled back if this fails
+        with self.named_errors(), self.index:            # committed at its end, rolled back if this fails
             self.execute("BEGIN IMMEDIATE")              # one writer at a time
             start = self.end()
             with open(self.arrays, "r+b") as file:
@@ -251,18 +251,16 @@ class Cache:
                     start += array.size
                 file.flush()
                 os.fsync(file.fileno())
-            self.execute("COMMIT")                       # here, so that a full disk is named
 
     def fact(self, key: bytes) -> list | None:
         found = self.execute("SELECT fact FROM facts WHERE key = ?", (key,)).fetchone()
         return json.loads(found[0]) if found else None
 
     def add_facts(self, facts: dict[bytes, list]) -> None:
-        with self.index:
+        with self.named_errors(), self.index:
             self.execute("BEGIN IMMEDIATE")
-            for key, fact in facts.items():
-                self.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(fact)))
-            self.execute("COMMIT")
+            self.index.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)",
+                                   [(key, json.dumps(fact)) for key, fact in facts.items()])
 
 
 def read_array(arrays: Path, place: tuple[int, int]) -> Tensor:

@@ -111,11 +111,12 @@ CLIP_NORM = 1.0
 LOG_EVERY = 20                                           # steps
 LOG_HEADER = "step,name,value\n"
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What all jobs of one call share
+
 
 @dataclass(frozen=True)
 class Run:
-    """What all jobs of one call share."""
-
     folder: Path                                         # the checkpoint
     config: Config
     settings: dict[str, Settings]                        # of each job
@@ -148,9 +149,8 @@ class Run:
         if per_recording:
             clips = {clip.recording: clip for clip in clips}.values()
         items = [(clip, rate) for clip in clips for rate in rates if self.any_rate or clip.reaches(rate)]
-        count = Counter(rate for _, rate in items)
         for rate in rates:
-            if not count[rate]:
+            if not any(of_item == rate for _, of_item in items):
                 raise ValueError(f"no clip to {purpose} on reaches {rate} Hz (the highest file is at "
                                  f"{max(c.rate for c in clips)} Hz); leave that rate out, allow upsampling with "
                                  f"--any-rate, or name other clips (--data, --val-data)")
@@ -472,7 +472,7 @@ def fit(name: str, make_job, run: Run) -> None:
           closing(run.batches(job.data, batch_sampler=plan.parts(step), collate_fn=job.data.collate)) as batches,
           tqdm(total=plan.steps, initial=step, desc=name, disable=rank() > 0) as bar):
         log = csv.writer(file, lineterminator="\n")
-        saved = save_state() if rank() == 0 else 0.0     # at step 0 too: the same start, however soon it is stopped
+        saved_at = save_state() if rank() == 0 else 0.0     # at step 0 too: the same start, however soon it is stopped
         while step < plan.steps:
             for part in job.kept.values():
                 if isinstance(part, torch.optim.Optimizer):
@@ -492,24 +492,23 @@ def fit(name: str, make_job, run: Run) -> None:
             bar.set_postfix(loss=f"{losses['loss']:.3f}", best=f"{best:.4f}", refresh=False)
             bar.update()
 
-            if rank() == 0:
-                validated = plan.validates(step)
-                if validated:
-                    with torch.inference_mode():
-                        losses = job.validate()
-                    if not math.isfinite(losses["loss"]):
-                        raise ValueError(f"{name}, step {step}: the validation loss is {losses['loss']}; what was "
-                                         f"saved before is kept; a lower --lr may help")
-                    log.writerows([step, f"val_{key}", f"{value:.6f}"] for key, value in losses.items())
-                    say(f"{name} step {step}, validation: "
-                        + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
-                    if losses["loss"] < best:
-                        best = losses["loss"]
-                        job.save()
-                if validated or stop or time.monotonic() - saved > 60 * run.save_minutes:
-                    saved = save_state()
-                if validated and run.plot:
-                    draw_losses(log_path)
+            validated = rank() == 0 and plan.validates(step)
+            if validated:
+                with torch.inference_mode():
+                    losses = job.validate()
+                if not math.isfinite(losses["loss"]):
+                    raise ValueError(f"{name}, step {step}: the validation loss is {losses['loss']}; what was saved "
+                                     f"before is kept; a lower --lr may help")
+                log.writerows([step, f"val_{key}", f"{value:.6f}"] for key, value in losses.items())
+                say(f"{name} step {step}, validation: "
+                    + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+                if losses["loss"] < best:
+                    best = losses["loss"]
+                    job.save()
+            if rank() == 0 and (validated or stop or time.monotonic() - saved_at > 60 * run.save_minutes):
+                saved_at = save_state()
+            if validated and run.plot:
+                draw_losses(log_path)
             if stop:
                 say(f"{name} stopped after step {step}; the same command, without --overwrite, goes on from there")
                 barrier()                                # torchrun ends the others where one ends: let rank 0 save
@@ -734,7 +733,8 @@ class TrainVocoder:
         self.discriminators = None
         if settings.discriminators:
             self.discriminators = Discriminators(*settings.discriminators).to(run.device)
-        if not self.start_from_nearest(generator) and not settings.discriminators:
+        started = self.start_from_nearest(generator)
+        if not started and not settings.discriminators:
             whiten(generator.conv_pre, mel_spectrogram(torch.stack(self.data.sample()), rate).flatten(0, 1))
         self.ema = Ema(generator.to(run.device))         # before weight norm: what is saved needs none
         self.network = generator.train()
@@ -934,19 +934,20 @@ class TrainLDM:
         self.distributed = distribute(self.network)
 
         # The frozen parts run once.  What they made is found again by what they made it from.
-        vae_digest, text_digest = latent_digest(vae), network_digest(self.text_encoder)
-        self.identity = {"the VAE": f"{vae_digest.hex()}, {scale_factor}", "the text encoder": text_digest.hex()}
+        vae_digest = latent_digest(vae)
         captions = sorted({clip.caption for clip in run.train + run.val} | {""})
         if run.train_text_encoder:                       # its weights change, but what a token stands for must not
-            self.identity["the text encoder"] = digest(self.text_encoder.tokenizer.serialized_model_proto()).hex()
+            text_digest = digest(self.text_encoder.tokenizer.serialized_model_proto())
             # Lists, since each tensor would be an open file on its way to a worker that is not forked.
             texts = {caption: self.text_encoder.tokenize([caption])[0][0].tolist() for caption in captions}
         else:
+            text_digest = network_digest(self.text_encoder)
             keys = [digest("psi", text_digest, run.precision, caption) for caption in captions]
             places = self.find_or_compute(captions, keys, iter, self.encode_caption, "captions")
             self.text_encoder.cpu()                      # 1.3 GiB of FLAN-T5-large
             texts = {caption: (int(start), int(size), unet.context_width)
                      for caption, (start, size) in zip(captions, places)}
+        self.identity = {"the VAE": f"{vae_digest.hex()}, {scale_factor}", "the text encoder": text_digest.hex()}
         train, val = run.items(run.train), run.items(run.val)
         val = val * max(1, 10 * len(run.rates) // len(val))            # few clips come again, each time at another t
         keys = [digest("latent", vae_digest, run.precision, config.seconds, rate, clip.digest)
@@ -1049,9 +1050,9 @@ def even_times(items: list[tuple[Clip, int]], rates: list[int]) -> Tensor:
     """A t for each item: those of each rate are the middles of equal parts of 0 to T, in random order."""
     T, times = NoiseSchedule.T, torch.zeros(len(items), dtype=torch.long)
     for rate in rates:
-        of_rate = torch.tensor([i for i, item in enumerate(items) if item[1] == rate])
-        even = (torch.arange(len(of_rate)) + 0.5) * T / len(of_rate)
-        times[of_rate] = even[torch.randperm(len(even), generator=torch.Generator().manual_seed(0))].long()
+        of_rate = [i for i, item in enumerate(items) if item[1] == rate]
+        order = torch.randperm(len(of_rate), generator=torch.Generator().manual_seed(0))
+        times[of_rate] = ((order + 0.5) * T / len(of_rate)).long()
     return times
 
 
@@ -1123,8 +1124,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         for name in names:
             if job not in args.jobs and getattr(args, name):
                 raise ValueError(f"--{name.replace('_', '-')} is for the job {job}, which is not asked for")
-    if args.no_rate_token and len(args.rates) > 1:
-        raise ValueError("--no-rate-token is for one rate; name it with --rates")
     if args.decoder_only and not find_file("vae.pt", args.start_from):
         raise ValueError("--decoder-only goes on from a trained VAE; name its folder with --start-from")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -1175,7 +1174,7 @@ def find_outputs(args: argparse.Namespace) -> dict[str, list[str]]:
             if path.exists() and not (folder / f"{name}_state.pt").exists() and not args.overwrite:
                 raise ValueError(f"{path} exists; name another --checkpoint, or say --overwrite")
         log = folder / f"{name}.csv"                     # the user's captions may have this name
-        if log.is_file() and log.stat().st_size and not log.read_bytes().startswith(LOG_HEADER.encode()):
+        if log.is_file() and log.read_bytes()[:len(LOG_HEADER)] not in (b"", LOG_HEADER.encode()):
             raise ValueError(f"{log} is no log of losses, and this run would write one there; name another "
                              f"--checkpoint")
     if "vae" in outputs and (folder / "unet.pt").exists():
@@ -1216,7 +1215,7 @@ def find_copies(args: argparse.Namespace, config: Config, outputs: dict[str, lis
 def pick_config(args: argparse.Namespace) -> tuple[Config, Path]:
     """The sizes: those of the checkpoint, or of the one to start from, or the preset's; and the folder they are of."""
     source = args.checkpoint if (args.checkpoint / "config.json").exists() else args.start_from
-    config = SRCgAudio.load_config(source) if source else PRESETS[args.preset or "small"]
+    config = known = SRCgAudio.load_config(source) if source else PRESETS[args.preset or "small"]
     if args.preset not in (None, config.preset):
         raise ValueError(f"{source} holds the preset {config.preset!r}, not {args.preset!r}; name another folder")
     if args.flan_t5:
@@ -1227,9 +1226,9 @@ def pick_config(args: argparse.Namespace) -> tuple[Config, Path]:
         tokens = [name for name in config.unet.get("tokens", ["time", "rate"]) if name != "rate"]
         config = replace(config, unet=config.unet | {"tokens": tokens})
     if "ldm" in args.jobs and len(args.rates) > 1 and "rate" not in config.unet.get("tokens", ["rate"]):
-        raise ValueError(f"the U-Net of {source} is not told the rate, so it can learn one alone; name it with "
-                         f"--rates, or start from one that has the token (weights.py import --add-tokens)")
-    if source == args.checkpoint and config != SRCgAudio.load_config(source) and (source / "unet.pt").exists():
+        raise ValueError(f"the U-Net of {source or args.checkpoint} is not told the rate, so it can learn one alone; "
+                         f"name it with --rates, or start from one that has the token (weights.py import --add-tokens)")
+    if source == args.checkpoint and config != known and (source / "unet.pt").exists():
         # Until a new U-Net is saved, config.json must fit the old one.
         raise ValueError(f"{source / 'unet.pt'} was not trained with this --flan-t5 or --no-rate-token; name another "
                          f"--checkpoint")
@@ -1257,26 +1256,27 @@ def check_networks(args: argparse.Namespace, config: Config, source: Path) -> No
     """Raises ValueError if no networks of these sizes, which `source` names, can be made, if a clip is no whole latent
     for them, or if a file of weights that a job may start from is damaged or of other sizes."""
     parts = [("vae", "vae.pt", VAE, config.vae), ("ldm", "unet.pt", UNet, config.unet)]
+    if isinstance(config.text_encoder, dict):            # a FLAN-T5 is checked where it is read
+        parts.append(("ldm", "text_encoder.pt", TextEncoder, config.text_encoder))
     for rate in RATES:
         parts.append(("vocoder", f"vocoder_{rate}.pt", Generator, config.vocoder | {"strides": STRIDES[rate]}))
         widths, name = SETTINGS[config.preset]["vocoder"].discriminators, f"discriminators_{rate}.pt"
         if widths and find_file(name, args.start_from):  # only then: to make them takes a second
             parts.append(("vocoder", name, Discriminators, dict(zip(("mpd_channels", "msd_channels"), widths))))
-    frames = 4                                           # of a mel for one of the latent
+    networks = {}                                        # file name -> network, of shapes alone
     for job, name, cls, sizes in parts:
         if job not in args.jobs:
             continue
-        network = weights.skeleton(cls, sizes, source)
-        if job == "ldm":
-            frames *= network.multiple
-            if isinstance(config.text_encoder, dict):
-                check_widths(weights.skeleton(TextEncoder, config.text_encoder, source), network, source)
+        networks[name] = weights.skeleton(cls, sizes, source)
         if path := find_file(name, args.start_from):
             try:
-                weights.check(network, weights.read(path), path)
+                weights.check(networks[name], weights.read(path), path)
             except ValueError as error:
                 raise ValueError(f"{error}; if {name} is taken out of the folder, training starts without it") from None
-    if args.jobs != ["vocoder"] and round(config.seconds * FRAMES_PER_SECOND) % frames:
+    if "text_encoder.pt" in networks:
+        check_widths(networks["text_encoder.pt"], networks["unet.pt"], source)
+    frames = 4 * (networks["unet.pt"].multiple if "ldm" in args.jobs else 1)       # of a mel, for a whole latent
+    if {"vae", "ldm"} & set(args.jobs) and round(config.seconds * FRAMES_PER_SECOND) % frames:
         raise ValueError(f"{source}: seconds must be a multiple of {frames / FRAMES_PER_SECOND} for these networks, "
                          f"got {config.seconds}")
 

@@ -239,14 +239,12 @@ def fold_weight_norm(weights: Weights, source: str | Path) -> Weights:
     folded = {name: tensor for name, tensor in weights.items() if not name.endswith((".weight_g", ".weight_v"))}
     for name, v in weights.items():
         if name.endswith(".weight_v"):
-            g = weights.get(name[:-1] + "g")
-            if g is None:
-                raise ValueError(f"{source}: tensor {name[:-1]}g is missing; this file holds another model")
-            if v.ndim < 2 or g.shape != v.shape[:1] + (1,) * (v.ndim - 1):
-                raise ValueError(f"{source}: tensor {name[:-1]}g has shape {tuple(g.shape)}, expected one entry for "
-                                 f"each row of {name}, {tuple(v.shape)}")
-            norm = v.float().flatten(1).norm(dim=1).view(g.shape)
-            folded[name.removesuffix("_v")] = v.float() * (g.float() / norm)
+            g_shape = shape_of(weights, name[:-1] + "g", v.ndim, source)
+            if v.ndim < 2 or g_shape != v.shape[:1] + (1,) * (v.ndim - 1):
+                raise ValueError(f"{source}: tensor {name[:-1]}g has shape {g_shape}, expected one entry for each row "
+                                 f"of {name}, {tuple(v.shape)}")
+            norm = v.float().flatten(1).norm(dim=1).view(g_shape)
+            folded[name.removesuffix("_v")] = v.float() * (weights[name[:-1] + "g"].float() / norm)
     return folded
 
 

@@ -1,5 +1,7 @@
 """What the tests share: the golden data, an untrained tiny model, and a way to run the commands in this process."""
+import csv
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +33,27 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 def error(computed: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, relative to the largest expected value."""
     return ((computed - expected).abs().max() / expected.abs().max()).item()
+
+
+def few_clips(folder, count: int = 5):
+    """A CSV of the first `count` test recordings."""
+    with open(CAPTIONS, newline="") as file:
+        rows = list(csv.DictReader(file))[:count]
+    path = folder / "clips.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "caption"])
+        writer.writerows([CAPTIONS.parent / row["path"], row["caption"]] for row in rows)
+    return path
+
+
+BAR = re.compile("it/s|s/it")                            # of progress
+
+
+def one_line(status: int, err: str, *parts: str) -> None:
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and not BAR.search(line)]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
+    assert all(part in lines[0] for part in parts), err
 
 
 def untrained(seed: int = 0) -> SRCgAudio:
@@ -79,4 +102,24 @@ def command(monkeypatch, capsys):
             status = stop.code
         captured = capsys.readouterr()
         return status, captured.out, captured.err
+    return run
+
+
+@pytest.fixture
+def succeed(command):
+    """succeed("sample.py", "a dog", ...) -> what it printed."""
+    def run(*arguments) -> str:
+        status, out, err = command(*arguments)
+        assert status == 0, err
+        return out + err
+    return run
+
+
+@pytest.fixture
+def refuse(command):
+    """refuse(["sample.py", "a dog", ...], "part", ...) -> the one line, with these parts, that it must end in."""
+    def run(arguments: list, *parts: str) -> str:
+        status, _, err = command(*arguments)
+        one_line(status, err, *parts)
+        return err
     return run

@@ -243,14 +243,6 @@ BAD_AUDIO = {"missing": "no such audio file", "empty": "it is empty", "no sample
              "truncated flac": "truncated", "truncated ogg": "truncated"}
 
 
-@pytest.mark.parametrize("kind, message", BAD_AUDIO.items())
-def test_bad_audio_is_named(tmp_path, kind, message):
-    path = bad_audio(tmp_path, kind)
-    with pytest.raises(ValueError, match=message) as raised:
-        inspect(path)
-    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
-
-
 def test_a_stream_may_promise_more_than_it_holds(tmp_path):
     """SoX and FFmpeg, writing to a pipe, can't know the length."""
     path = tmp_path / "stream.wav"
@@ -407,7 +399,8 @@ def test_a_bad_recording_is_left_out_and_named_once(tmp_path, cache):
     clips, left_out = find_clips([[tmp_path / "captions.csv"]], cache)
     assert [clip.caption for clip in clips] == ["a good dog"] and len(left_out) == len(BAD_AUDIO)
     for kind, message in BAD_AUDIO.items():
-        assert sum(str(tmp_path / kind) in line and message in line for line in left_out) == 1
+        line, = (line for line in left_out if str(tmp_path / kind) in line)
+        assert message in line.split(": ", 1)[1] and "\n" not in line
 
 
 # The cache

@@ -146,12 +146,6 @@ def test_ddim_turns_the_marginal_of_z_T_into_the_data():
     assert z_0.var().item() == pytest.approx(std ** 2, rel=0.02)
 
 
-@pytest.mark.parametrize("steps", [0, 1001, -1])
-def test_ddim_refuses_steps_out_of_range(steps):
-    with pytest.raises(ValueError, match="from 1 to 1000"):
-        NoiseSchedule().ddim(lambda z, t: z, torch.zeros(1), steps)
-
-
 # Eq. (3): the objective
 
 
@@ -442,12 +436,6 @@ def test_guidance_is_the_checkpoints_unless_asked_for(model, monkeypatch, own):
 def test_generate_refuses_what_is_out_of_range(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.generate(**(dict(prompts=["a"], rate=16_000, seconds=0.5, steps=1) | arguments))
-
-
-@pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense"])
-def test_a_device_that_is_not_there_is_named(model, device):
-    with pytest.raises(ValueError, match=f"the device '{device}' can't be used"):
-        model.to(device)
 
 
 def test_a_checkpoint_comes_back_as_it_was(model, checkpoint):

@@ -368,13 +368,12 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return str(a) == str(b) and ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
-def test_import_makes_tango_run(tango, tmp_path, command):
+def test_import_makes_tango_run(tango, tmp_path, command, succeed):
     folder, unet, encoder, vae, vocoder = tango
     arguments = ["import", "--checkpoint", tmp_path / "ours", "--unet", folder / "pytorch_model_main.bin",
                  "--flan-t5", folder / "pytorch_model_main.bin", "--vae", folder / "pytorch_model_vae.bin",
                  "--vocoder", 16_000, folder / "pytorch_model_vae.bin"]
-    status, out, err = command("weights.py", *arguments)
-    assert status == 0, err
+    succeed("weights.py", *arguments)
     model = SRCgAudio.load(tmp_path / "ours")
     assert same(model.unet, unet) and same(model.text_encoder, encoder) and same(model.vocoders[16_000], vocoder)
     assert model.unet.predicts == "v" and model.vae.scale_factor.item() == pytest.approx(0.9)
@@ -383,8 +382,7 @@ def test_import_makes_tango_run(tango, tmp_path, command):
 
     status, out, err = command("weights.py", *arguments)
     assert status == 2 and "vae.pt exists" in err and "--overwrite" in err and len(err.splitlines()) == 1
-    status, out, err = command("weights.py", *arguments, "--overwrite", "--add-tokens")
-    assert status == 0, err
+    succeed("weights.py", *arguments, "--overwrite", "--add-tokens")
     status, out, err = command("weights.py", "import", "--checkpoint", tmp_path / "ours", "--vae",
                                folder / "pytorch_model_vae.bin", "--overwrite")
     assert status == 2 and "unet.pt knows the latents" in err and len(err.splitlines()) == 1, err
@@ -397,10 +395,9 @@ def test_import_makes_tango_run(tango, tmp_path, command):
     assert status == 2 and "64" in err and "96" in err and len(err.splitlines()) == 1, err
 
 
-def test_an_import_replaces_no_text_encoder_unasked(checkpoint, tmp_path, command):
+def test_an_import_replaces_no_text_encoder_unasked(checkpoint, tmp_path, command, succeed):
     ours = shutil.copytree(checkpoint, tmp_path / "ours")
-    status, _, err = command("weights.py", "export", "--checkpoint", checkpoint, "--out", tmp_path / "exported")
-    assert status == 0, err
+    succeed("weights.py", "export", "--checkpoint", checkpoint, "--out", tmp_path / "exported")
     status, _, err = command("weights.py", "import", "--checkpoint", ours, "--flan-t5",
                              tmp_path / "exported" / "text_encoder")
     assert status == 2 and "text_encoder.pt exists" in err, err
@@ -417,14 +414,13 @@ def test_tango_begins_a_joint_training(tango):
     assert unet.rate_token.weight.grad.abs().max() > 0 and unet.time_token.weight.grad.abs().max() > 0
 
 
-def test_import_of_vocoders(tmp_path, command):
+def test_import_of_vocoders(tmp_path, command, succeed):
     generator, disc = Generator(STRIDES[48_000], channels=64), Discriminators(2, 8)
     weights.save(generator.state_dict(), tmp_path / "g")
     torch.save(weights.rename(disc.state_dict(), DISCRIMINATOR_NAMES, backwards=True), tmp_path / "do")
     ours = tmp_path / "ours"
-    status, _, err = command("weights.py", "import", "--checkpoint", ours, "--vocoder", 48_000, tmp_path / "g",
-                         "--discriminators", 48_000, tmp_path / "do")
-    assert status == 0, err
+    succeed("weights.py", "import", "--checkpoint", ours, "--vocoder", 48_000, tmp_path / "g", "--discriminators",
+            48_000, tmp_path / "do")
     assert same(SRCgAudio.load_vocoder(ours, 48_000), generator)
     with pytest.raises(ValueError, match="no sampling rate 44100"):
         SRCgAudio.load_vocoder(ours, 44_100)
@@ -471,13 +467,13 @@ def test_exports_come_back(exported):
     assert encoder.tokenize(texts)[0].equal(model.text_encoder.tokenize(texts)[0])
 
 
-def test_half_a_checkpoint_is_half_the_size_and_sounds_the_same(command, checkpoint, tmp_path):
+def test_half_a_checkpoint_is_half_the_size_and_sounds_the_same(command, succeed, checkpoint, tmp_path):
     (tmp_path / "whole").mkdir()
     for path in checkpoint.iterdir():
         shutil.copy(path, tmp_path / "whole")
     (tmp_path / "whole" / "discriminators_16000.pt").write_bytes(b"only for training")
     arguments = ("halve", "--checkpoint", tmp_path / "whole", "--out", tmp_path / "half")
-    assert command("weights.py", *arguments)[0] == 0
+    succeed("weights.py", *arguments)
     assert {path.name for path in (tmp_path / "half").iterdir()} == {path.name for path in checkpoint.iterdir()}
     assert (tmp_path / "half" / "unet.pt").stat().st_size < 0.55 * (checkpoint / "unet.pt").stat().st_size
     waves = [SRCgAudio.load(folder, [16_000]).generate(["a dog barks"], 16_000, 0.5, steps=2)
