@@ -823,12 +823,14 @@ class TrainVocoder:
 
 
 def train_tokenizer(captions: list[str], vocabulary: int) -> sentencepiece.SentencePieceProcessor:
-    """A sentencepiece model with T5's special tokens: pad 0, </s> 1, unknown 2, no start token."""
+    """A sentencepiece model with T5's special tokens: pad 0, </s> 1, unknown 2, no start token.  It folds case, as T5's
+    does not: few captions have capitals, and none would teach what "A dog" is."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions), model_writer=model, vocab_size=vocabulary, hard_vocab_limit=False,
-            max_sentence_length=2 ** 20, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+            max_sentence_length=2 ** 20, character_coverage=1.0, normalization_rule_name="nmt_nfkc_cf",
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     except RuntimeError:
         raise ValueError(f"no tokenizer of {vocabulary} tokens can be made of these captions: they have too many kinds "
                          f"of characters for it, or none that it can read; mend them, or take a larger --preset or "

@@ -266,7 +266,7 @@ def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, succee
     (tmp_path / "more.csv").write_text("path,caption\na.wav," + 500 * "zithers jingle " + "\n")
     succeed(*start("ldm", tmp_path / "run", "--epochs", 1, "--tokenizer-captions", tmp_path / "more.csv", base=folder))
     tokenizer = SRCgAudio.load_text_encoder(tmp_path / "run").tokenizer
-    assert tokenizer.unk_id() not in tokenizer.encode("zithers jingle")
+    assert tokenizer.unk_id() not in tokenizer.encode("zithers jingle") == tokenizer.encode("Zithers JINGLE")
     more = ["--tokenizer-captions", tmp_path / "more.csv", "--overwrite"]
     refuse(start("ldm", tmp_path / "run", *more, base=folder), "--tokenizer-captions", str(tmp_path / "run"))
 
