@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import weights
 
-SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"}
+SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff"}
 NOT_READ = {".m4a", ".aac", ".wma", ".webm"}             # libsndfile can't; named, so that nobody thinks they were
 BLOCK = 2 ** 22                                          # samples
 LARGEST_CAPTIONS = 2 ** 30                               # bytes of a JSON file
@@ -128,15 +128,16 @@ def read_blocks(path: str | Path, first: int = 0, samples: int = -1) -> Iterator
 
 
 def ends_early(path: Path, sound: soundfile.SoundFile) -> bool:
-    """Whether a WAV or Ogg file was cut off, which libsndfile reads without a word."""
+    """Whether a WAV, AIFF or Ogg file was cut off, which libsndfile reads without a word."""
     if sound.format == "OGG":                            # the last page of a stream carries an end mark
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 2 ** 17))
             tail = file.read()
         page = tail.rfind(b"OggS")
         return page < 0 or page + 5 >= len(tail) or not tail[page + 5] & 4
-    # libsndfile's log says "data : 1000 (should be 500)"; a stream of unknown length promises 2 GiB (SoX) or 4 (FFmpeg)
-    found = re.search(r"^data\s*: (\d+) \(should be", sound.extra_info, re.MULTILINE)
+    # libsndfile's log says "data : 1000 (should be 500)", of AIFF " SSND : ..."; a stream of unknown length promises
+    # 2 GiB (SoX) or 4 (FFmpeg)
+    found = re.search(r"^ ?(?:data|SSND)\s*: (\d+) \(should be", sound.extra_info, re.MULTILINE)
     return found is not None and int(found[1]) < 0x7FFFF000
 
 
@@ -324,7 +325,7 @@ def read_csv(path: Path) -> list[list[str]]:
             between = "," if "," in first else ";"       # a spreadsheet's, where the comma is the decimal point
             reader = csv.reader(chain([first], file), delimiter=between, strict=True, skipinitialspace=True)
             for line in filter(None, reader):
-                lines.append(line)
+                lines.append([cell.strip() for cell in line])
                 if len(line) > len(lines[0]):
                     raise ValueError(f"{path}, line {reader.line_num}: {len(line)} fields, the first line has "
                                      f"{len(lines[0])}; put quotes around a text with a {between!r}")
@@ -432,8 +433,8 @@ def find_clips(sources: list[list[Path]], cache: Cache, captions: bool = True, b
     left_out = list(dict.fromkeys(left_out)) + sorted(fact for fact in facts.values() if isinstance(fact, str))
     if not clips:
         reason = f"{len(left_out)} left out, such as {left_out[0]}" if left_out else "there are none"
-        raise ValueError(f"{', '.join(str(source) for source, *_ in sources)}: no clips to use (WAV, FLAC, Ogg, Opus "
-                         f"or MP3); {reason}")
+        raise ValueError(f"{', '.join(str(source) for source, *_ in sources)}: no clips to use (WAV, FLAC, Ogg, Opus, "
+                         f"MP3 or AIFF); {reason}")
     return clips, left_out
 
 

@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace files that are there")
     existing.add_argument("--skip-existing", action="store_true",
-        help="keep the WAV files that are there, and make the others: goes on with a run that was stopped")
+        help="keep the WAV files that are there, drawn or not, and make the others: goes on where a run was stopped")
     add("--spectrogram", action="store_true", help="also draw each as a PNG (takes matplotlib)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])
@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
 
 def parse_rate(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is no rate; put the texts before --rate")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no rate in Hz; put the texts before --rate")
     return int(text)
 
 
@@ -83,7 +83,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
             texts = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
-        if {"id", "caption"} <= {cell.strip() for cell in texts[0].split(",")}:
+        if {"id", "caption"} <= {cell.strip() for cell in re.split("[,;\t]", texts[0])}:
             raise ValueError(f"{path}: a CSV; give it a name that ends in .csv")
         prompts = [(slug(text), text.strip()) for text in texts if text.strip()]
     if not prompts:

@@ -164,9 +164,12 @@ class Run:
         # On another machine, or from another folder, the recordings have other paths.  The LDM alone reads captions.
         data = [[(clip.recording, clip.caption if job == "ldm" else "") for clip in clips]
                 for clips in (self.train, self.val)]
+        settings = self.settings[job]
         same = {"the data": digest(data).hex(), "--any-rate": str(self.any_rate),
+                "--epochs": str(settings.epochs), "--batch": str(settings.batch), "--lr": str(settings.lr),
+                "the preset's settings": str(replace(settings, epochs=0, batch=0, lr=0)),
                 "the start": self.start.resolve().name if self.start else "none",
-                "the rates": name if job == "vocoder" else str(self.rates), "the settings": str(self.settings[job]),
+                "the rates": name if job == "vocoder" else str(self.rates),
                 "the sizes": json.dumps([sizes, self.config.seconds]), "the seed": str(self.seed),
                 "the precision": str(self.precision)}
         if job == "vae":
@@ -483,7 +486,7 @@ def fit(name: str, make_job, run: Run) -> None:
             if not all(map(math.isfinite, losses.values())):
                 raise ValueError(
                     f"{name}, step {step}: " + ", ".join(f"{key} is {value}" for key, value in losses.items())
-                    + "; what was saved before is kept; a lower --lr may help; the batch was "
+                    + "; what was saved before is kept; a lower --lr may help, with --overwrite; the batch was "
                     + ", ".join(str(job.data.items[i][0].path) for _, i in plan.batch(step)))
             job.ema.update(job.network, step)
             step += 1
@@ -498,7 +501,7 @@ def fit(name: str, make_job, run: Run) -> None:
                     losses = job.validate()
                 if not math.isfinite(losses["loss"]):
                     raise ValueError(f"{name}, step {step}: the validation loss is {losses['loss']}; what was saved "
-                                     f"before is kept; a lower --lr may help")
+                                     f"before is kept; a lower --lr may help, with --overwrite")
                 log.writerows([step, f"val_{key}", f"{value:.6f}"] for key, value in losses.items())
                 say(f"{name} step {step}, validation: "
                     + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))

@@ -208,7 +208,7 @@ def test_sampling_mistakes(checkpoint, refuse, tmp_path, arguments, parts):
     ("f.csv", 'id,caption\n1,"rain\n2,wind\n', "quote"), ("h.csv", "id,caption\n1, \n", "no caption"),
     ("i.csv", "id,caption\n1,rain\n1,wind\n", "2 times"), ("j.json", '{"caption": "rain"}', "one a line in a .txt"),
     ("k.csv", "id,caption,caption\n1,rain,wind\n", "the column caption 2 times"),
-    ("l", "id, caption\n1, rain\n", "ends in .csv"),
+    ("l", "id, caption\n1, rain\n", "ends in .csv"), ("m.txt", "id;caption\n1;rain\n", "ends in .csv"),
 ])
 def test_bad_prompt_files(checkpoint, refuse, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content.encode("latin-1"))
@@ -217,7 +217,7 @@ def test_bad_prompt_files(checkpoint, refuse, tmp_path, name, content, message):
 
 def test_a_text_after_the_rates_is_named(command):
     status, _, err = command("sample.py", "--rate", 48_000, "a dog barks")
-    assert status == 2 and err.splitlines()[-1].endswith("'a dog barks' is no rate; put the texts before --rate")
+    assert status == 2 and err.splitlines()[-1].endswith("'a dog barks' is no rate in Hz; put the texts before --rate")
 
 
 def test_a_folder_that_can_not_be_written_to_is_named_first(checkpoint, refuse, tmp_path, monkeypatch):

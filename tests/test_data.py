@@ -165,7 +165,7 @@ def test_a_csv_and_a_folder_hold_the_same_clips(clips, cache):
 
 def test_a_spreadsheet_may_put_semicolons_between_the_fields(cache, tmp_path):
     shutil.copy(CAPTIONS.parent / "dog_bark_1-100032-A.ogg", tmp_path / "a.ogg")
-    (tmp_path / "captions.csv").write_text("path;caption\na.ogg;a dog, then rain\n")
+    (tmp_path / "captions.csv").write_text("path ;caption\na.ogg ;a dog, then rain\n")
     (clip,), left_out = find_clips([[tmp_path / "captions.csv"]], cache)
     assert (clip.path.name, clip.caption) == ("a.ogg", "a dog, then rain") and not left_out
 
@@ -211,7 +211,7 @@ def write(path, samples, rate=16_000):
 
 def bad_audio(folder, kind):
     """A file that is broken in one way."""
-    path = folder / ("bad.ogg" if kind == "truncated ogg" else "bad.flac" if "flac" in kind else "bad.wav")
+    path = folder / f"bad.{next((suffix for suffix in ('ogg', 'flac', 'aiff') if suffix in kind), 'wav')}"
     noise = 0.1 * np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
     if kind == "empty":
         path.touch()
@@ -240,7 +240,8 @@ def bad_audio(folder, kind):
 BAD_AUDIO = {"missing": "no such audio file", "empty": "it is empty", "no samples": "holds no samples",
              "silent": "silent", "NaN": "NaN", "text": "not readable audio", "wild rate": "9999991 Hz",
              "flac of unknown length": "how long it is", "truncated wav": "truncated",
-             "truncated flac": "truncated", "truncated ogg": "truncated"}
+             "truncated flac": "truncated", "truncated ogg": "truncated",
+             "truncated aiff": "truncated"}
 
 
 def test_a_stream_may_promise_more_than_it_holds(tmp_path):

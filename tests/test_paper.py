@@ -409,7 +409,7 @@ def test_a_latent_is_no_longer_than_the_sound_needs(model, monkeypatch):
 
 
 def test_a_text_of_unknown_characters_is_told(model):
-    with pytest.warns(UserWarning, match="狗叫.*does not know"):
+    with pytest.warns(UserWarning, match="does not know '狗叫'"):
         model.text_encoder.tokenize(["狗叫"])
 
 

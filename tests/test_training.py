@@ -403,7 +403,7 @@ def test_a_run_that_is_done_is_not_done_again(start, succeed, refuse, tmp_path):
     before = (tmp_path / "run" / "vae.pt").read_bytes()
     printed = succeed(*start("vae", tmp_path / "run"))
     assert "trained already" in printed and (tmp_path / "run" / "vae.pt").read_bytes() == before
-    refuse(start("vae", tmp_path / "run", "--lr", 1e-3), "vae_state.pt", "the settings", "--overwrite")
+    refuse(start("vae", tmp_path / "run", "--lr", 1e-3), "vae_state.pt", "values of: --lr;", "--overwrite")
     (tmp_path / "run" / "vae.pt").unlink()               # it would not be written again
     refuse(start("vae", tmp_path / "run"), "vae.pt is gone", "--overwrite")
     succeed(*start("vae", tmp_path / "run", "--overwrite", "--lr", 1e-3))
