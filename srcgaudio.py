@@ -558,6 +558,8 @@ class SRCgAudio:
         """
         folder = Path(folder)
         config = cls.load_config(folder)
+        if not (folder / "unet.pt").is_file():
+            raise ValueError(f"{folder}: no diffusion model (unet.pt); `train.py ldm` trains one")
         there = [rate for rate in RATES if (folder / f"vocoder_{rate}.pt").is_file()]
         rates = there if rates is None else list(rates)
         for rate in rates:

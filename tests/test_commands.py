@@ -255,7 +255,7 @@ class Evil:
     ("config.json", {"unet": {"heads": [5.0, 10, 10, 20]}}, ["heads"]),
     ("config.json", {"unet": {"groups": 8.0}}, ["groups"]),
     ("config.json", {"unet": {"context_width": 65}}, ["context_width must be even"]),
-    ("unet.pt", None, ["no such"]), ("unet.pt", b"", ["damaged"]), ("unet.pt", b"PK\3\4 and no more", ["damaged"]),
+    ("unet.pt", None, ["train.py ldm"]), ("unet.pt", b"", ["damaged"]), ("unet.pt", b"PK\3\4 and no more", ["damaged"]),
     ("unet.pt", {"a": Evil()}, ["damaged"]), ("unet.pt", {"conv_in.weight": torch.zeros(1, 2)}, ["shape"]),
     ("unet.pt", {"extra": torch.zeros(1)}, ["unknown tensor extra"]),
     ("tokenizer.model", b"nonsense", ["damaged"]), ("vocoder_16000.pt", None, ["train.py vocoder"]),
