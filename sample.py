@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace files that are there")
     existing.add_argument("--skip-existing", action="store_true",
-        help="keep the WAV files that are there, drawn or not, and make the others: goes on where a run was stopped")
+        help="keep the WAV files that are there, without drawing them, and make the others, as after a stop")
     add("--spectrogram", action="store_true", help="also draw each as a PNG (takes matplotlib)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"])

@@ -322,9 +322,10 @@ class TextEncoder(nn.Module):
         """
         rows = [self.tokenizer.encode(text) + [self.END] for text in texts]
         for i, row in enumerate(rows):
-            pieces = zip(self.tokenizer.encode(texts[i], out_type=str), row)
-            unknown = sorted({piece for piece, token in pieces if token == self.tokenizer.unk_id()})
-            if unknown:                                  # Python gives a warning of the same words once
+            if self.tokenizer.unk_id() in row:
+                pieces = zip(self.tokenizer.encode(texts[i], out_type=str), row)
+                unknown = sorted({piece for piece, token in pieces if token == self.tokenizer.unk_id()})
+                # Without the text: Python gives a warning of the same words once.
                 warnings.warn(f"the text encoder does not know {', '.join(unknown)[:100]!r}")
             if len(row) > self.MAX_TOKENS:
                 warnings.warn(f'text "{texts[i][:40]}..." has {len(row)} tokens; all after {self.MAX_TOKENS} are cut')

@@ -70,6 +70,8 @@ def test_sampling_writes_wavs_at_their_rates(trained, succeed, tmp_path):
 
 def test_the_small_model_in_the_box_knows_a_bark_from_rain(succeed, tmp_path):
     assert sum(path.stat().st_size for path in (ROOT / "small").iterdir()) < 48e6
+    tokenizer = SRCgAudio.load_text_encoder(ROOT / "small").tokenizer
+    assert tokenizer.encode("A DOG barks") == tokenizer.encode("a dog barks")
     succeed("sample.py", "A dog barks", "rain falls steadily", "--rate", *RATES, "--steps", 15, "--out", tmp_path)
     for rate in RATES:
         unsteady = {}

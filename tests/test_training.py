@@ -266,7 +266,8 @@ def test_a_tokenizer_learns_from_more_captions_than_are_trained_on(start, succee
     (tmp_path / "more.csv").write_text("path,caption\na.wav," + 500 * "zithers jingle " + "\n")
     succeed(*start("ldm", tmp_path / "run", "--epochs", 1, "--tokenizer-captions", tmp_path / "more.csv", base=folder))
     tokenizer = SRCgAudio.load_text_encoder(tmp_path / "run").tokenizer
-    assert tokenizer.unk_id() not in tokenizer.encode("zithers jingle") == tokenizer.encode("Zithers JINGLE")
+    assert tokenizer.unk_id() not in tokenizer.encode("zithers jingle")
+    assert tokenizer.encode("Zithers JINGLE") == tokenizer.encode("zithers jingle")
     more = ["--tokenizer-captions", tmp_path / "more.csv", "--overwrite"]
     refuse(start("ldm", tmp_path / "run", *more, base=folder), "--tokenizer-captions", str(tmp_path / "run"))
 
@@ -838,6 +839,13 @@ def test_a_text_encoder_that_does_not_fit_is_named_before_the_first_step(refuse,
     refuse(["train.py", "vae", "ldm", "--data", few_clips(tmp_path), "--checkpoint", tmp_path / "run"],
            "config.json", *parts)
     assert not (tmp_path / "run/vae_state.pt").exists()
+
+
+def test_a_start_whose_text_encoder_has_other_sizes_is_named_before_the_first_step(start, refuse, tmp_path, checkpoint):
+    config = SRCgAudio.load_config(checkpoint)
+    SRCgAudio.save_config(replace(config, text_encoder=config.text_encoder | {"vocabulary": 150}), tmp_path / "run")
+    shutil.copy(checkpoint / "vae.pt", tmp_path / "run")
+    refuse(start("ldm", tmp_path / "run"), "text_encoder.pt: tensor embedding.weight has shape (128, 64)", "(150, 64)")
 
 
 def test_a_job_goes_on_though_what_others_depend_on_has_changed(start, stop, succeed, tmp_path):
